@@ -1,0 +1,255 @@
+"""Networks as chains of layers: the 2016 MLP, LeNet-300-100 and LeNet-5, in Flax NNX.
+
+A `Network` holds no weights. `init` makes them, `apply` uses them; between the two they are a
+plain pytree, ``{"dense1": {"kernel": ..., "bias": ...}, ...}``, that anything may map over.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prunelib.data import scaled
+
+Params = dict[str, dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One link of a chain: an NNX module with parameters, or a plain function.
+
+    Attributes
+    ----------
+    name : str or None
+        The layer's key in the params pytree; None for a function, which has no parameters.
+    function : callable
+        A function of a batch, ``[n, ...] -> [n, ...]``, or for a named layer the builder of its
+        module, ``function(rngs=...) -> nnx.Module``.
+    graph : nnx.GraphDef or None
+        The module without its parameters.
+    kind : type or None
+        The module's class.
+    """
+
+    name: str | None
+    function: Callable
+    graph: nnx.GraphDef | None = None
+    kind: type | None = None
+
+    def __call__(self, params: Params, x: jax.Array) -> jax.Array:
+        return self.module(params)(x) if self.name else self.function(x)
+
+    def module(self, params: Params) -> nnx.Module:
+        """The layer's NNX module, holding its share of `params`."""
+        return nnx.merge(self.graph, params[self.name])
+
+    # Two layers are the same if they compute the same thing; a builder is only a recipe.
+    def __eq__(self, other):
+        return isinstance(other, Layer) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+    @property
+    def _key(self):
+        return (self.name, self.graph) if self.name else (self.function,)
+
+
+def dropout_here(x: jax.Array) -> jax.Array:
+    """Mark the place of dropout in a chain. By itself it is the identity."""
+    return x
+
+
+class Network:
+    """A chain of layers with pure `init` and `apply`.
+
+    Parameters
+    ----------
+    layers : sequence
+        Each entry is a function of a batch (an activation, a pooling, `dropout_here`), or a pair
+        ``(name, builder)`` where ``builder(rngs=...)`` makes an NNX module such as `nnx.Linear`.
+        Names must be in alphabetical order, so that the leaves of the params pytree stand in the
+        order of the layers.
+
+    Raises
+    ------
+    ValueError
+        If names repeat or are not in alphabetical order.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> import jax
+    >>> from flax import nnx
+    >>> net = Network([("dense1", partial(nnx.Linear, 3, 4)), jax.nn.tanh,
+    ...                ("dense2", partial(nnx.Linear, 4, 2))])
+    >>> params = net.init(jax.random.key(0))
+    >>> net.apply(params, jax.numpy.ones((5, 3))).shape
+    (5, 2)
+    """
+
+    def __init__(self, layers: Sequence[Callable | tuple[str, Callable]]):
+        self.layers = tuple(_layer(entry) for entry in layers)
+        names = [layer.name for layer in self.layers if layer.name]
+        if names != sorted(set(names)):
+            raise ValueError(
+                f"layers: names must be distinct and in alphabetical order, got {names}; "
+                "rename them (dense01, dense02, ...)"
+            )
+
+    def __eq__(self, other):
+        return isinstance(other, Network) and self.layers == other.layers
+
+    def __hash__(self):
+        return hash(self.layers)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters from a random key, as a nested dict of arrays."""
+        rngs = nnx.Rngs(key)
+        return {
+            layer.name: nnx.to_pure_dict(nnx.state(layer.function(rngs=rngs), nnx.Param))
+            for layer in self.layers
+            if layer.name
+        }
+
+    def apply(
+        self, params: Params, images: jax.Array, *, keep: float = 1.0, key: jax.Array | None = None
+    ) -> jax.Array:
+        """The logits ``[n, classes]`` of a batch of images ``[n, pixels]``.
+
+        Dropout is off unless a random `key` is given: then each activation at `dropout_here` is
+        kept with probability `keep`, and divided by `keep` (as in training).
+        """
+        x = scaled(images)
+        for number, layer in enumerate(self.layers):
+            x = layer(params, x)
+            if key is not None and layer.function is dropout_here:
+                rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
+                x = nnx.Dropout(1 - keep, deterministic=False, rngs=rngs)(x)
+        return x
+
+
+def _layer(entry) -> Layer:
+    if callable(entry):
+        return Layer(None, entry)
+    name, builder = entry
+    module = nnx.eval_shape(lambda: builder(rngs=nnx.Rngs(0)))
+    return Layer(name, builder, nnx.split(module, nnx.Param)[0], type(module))
+
+
+def mlp(
+    widths: Sequence[int] = (784, 50, 50, 50, 50, 10),
+    activation: Callable = jax.nn.relu,
+    std: float = 0.02,
+) -> Network:
+    """A fully connected network; by default that of the 2016 study (47,410 variables).
+
+    Weights and biases start as truncated normals (cut at two standard deviations) of standard
+    deviation `std`, as the study's did. Dropout, when training asks for it, follows each hidden
+    layer.
+    """
+    start = jax.nn.initializers.truncated_normal(std)
+    return _dense_chain(widths, activation, kernel_init=start, bias_init=start)
+
+
+def lenet300() -> Network:
+    """LeNet-300-100: 784-300-100-10, ReLU, He initialisation (266,610 variables)."""
+    return _dense_chain(
+        (784, 300, 100, 10), jax.nn.relu, kernel_init=jax.nn.initializers.he_normal()
+    )
+
+
+def _dense_chain(widths, activation, **init) -> Network:
+    layers = []
+    for number, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True), 1):
+        layers += [(f"dense{number}", partial(nnx.Linear, fan_in, fan_out, **init))]
+        layers += [activation, dropout_here]
+    return Network(layers[:-2])
+
+
+def as_picture(x: jax.Array) -> jax.Array:
+    """Reshape pixels ``[n, 784]`` to pictures ``[n, 28, 28, 1]``."""
+    return x.reshape(len(x), 28, 28, 1)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The maximum of each 2x2 block, ``[n, h, w, c] -> [n, h/2, w/2, c]``."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+
+
+def flatten(x: jax.Array) -> jax.Array:
+    """Reshape ``[n, ...]`` to ``[n, m]``."""
+    return x.reshape(len(x), -1)
+
+
+def lenet5() -> Network:
+    """LeNet-5 in the form that Han et al. (2015) prune: the Caffe one, 431,080 variables.
+
+    Two 5x5 convolutions (20 and 50 filters, no padding), each followed by 2x2 max-pooling, then
+    dense layers of 500 and 10 units; one ReLU, after the first dense layer.
+    """
+    he = jax.nn.initializers.he_normal()
+    conv = partial(nnx.Conv, kernel_size=(5, 5), padding="VALID", kernel_init=he)
+    return Network(
+        [
+            as_picture,
+            ("conv1", partial(conv, 1, 20)),
+            max_pool,
+            ("conv2", partial(conv, 20, 50)),
+            max_pool,
+            flatten,
+            ("dense1", partial(nnx.Linear, 800, 500, kernel_init=he)),
+            jax.nn.relu,
+            dropout_here,
+            ("dense2", partial(nnx.Linear, 500, 10, kernel_init=he)),
+        ]
+    )
+
+
+def _flat_order(network: Network) -> list[tuple[str, str]]:
+    names = [layer.name for layer in network.layers if layer.name]
+    return [(name, kind) for kind in ("kernel", "bias") for name in names]
+
+
+def params_from_flat(flat: np.ndarray, network: Network | None = None) -> Params:
+    """A params pytree from one flat vector in the order of the 2016 checkpoints.
+
+    Parameters
+    ----------
+    flat : array ``[p]``
+        All weights, layer by layer (``W_1, W_2, W_3, W_4, W_final``), then all biases in the same
+        order; each matrix row by row, ``[inputs, outputs]``.
+    network : Network, optional
+        The network the vector belongs to; by default that of the 2016 study.
+
+    Raises
+    ------
+    ValueError
+        If `flat` is not a vector of the network's size.
+    """
+    network = mlp() if network is None else network
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    order = _flat_order(network)
+    sizes = [shapes[name][kind].size for name, kind in order]
+    flat = jnp.asarray(flat)
+    if flat.shape != (sum(sizes),):
+        raise ValueError(
+            f"flat: expected a vector of {sum(sizes)} numbers, got shape {flat.shape}; "
+            "concatenate all weights, then all biases"
+        )
+    parts = jnp.split(flat, np.cumsum(sizes)[:-1])
+    params = {name: {} for name, _ in order}
+    for (name, kind), part in zip(order, parts, strict=True):
+        params[name][kind] = part.reshape(shapes[name][kind].shape)
+    return params
+
+
+def flat_from_params(params: Params, network: Network | None = None) -> jax.Array:
+    """The inverse of `params_from_flat`: one vector, all weights and then all biases."""
+    order = _flat_order(mlp() if network is None else network)
+    return jnp.concatenate([params[name][kind].ravel() for name, kind in order])

@@ -1,0 +1,69 @@
+# make run · make test · make lab: each sets up what it needs, from requirements.lock.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BENCH_VENV ?= .venv-bench
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]-*.ipynb))
+NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
+	--nbval-cell-timeout=1200 --nbval-kernel-startup-timeout=120
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test test-binder lab lint links lock train bench clean help
+
+help: ## List what make can do
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+run: $(VENV)/.installed ## Execute all notebooks in place, in order, and draw every figure again
+	$(VENV)/bin/python scripts/run_notebooks.py
+
+test: $(VENV)/.installed ## Test prunelib and the project, then compare every notebook's outputs
+	$(VENV)/bin/python -m pytest tests
+ifeq ($(NOTEBOOKS),)
+	@echo "NO NOTEBOOKS: notebooks/NN-*.ipynb matches nothing, so no stored output was compared." >&2
+else
+	$(VENV)/bin/python -m pytest $(NBVAL) $(NOTEBOOKS)
+endif
+
+test-binder: $(VENV)/.installed ## Install what Binder would, in an empty environment, and use it (slow)
+	$(VENV)/bin/python -m pytest -m slow tests/test_project.py
+
+lab: $(VENV)/.installed ## Open JupyterLab at the first notebook
+	$(VENV)/bin/jupyter lab $(firstword $(NOTEBOOKS))
+
+lint: $(VENV)/.installed ## Check the code and the notebooks with ruff
+	$(VENV)/bin/ruff check .
+
+links: $(VENV)/.installed ## Write README.md's links from pyproject.toml's [project.urls]
+	$(VENV)/bin/python scripts/make_links.py
+
+train: $(VENV)/.installed ## Train the networks of prunelib/runs again
+	$(VENV)/bin/python -m prunelib.training
+
+bench: $(BENCH_VENV)/.installed ## Time prunelib against other libraries, in an environment of its own
+	$(BENCH_VENV)/bin/python -m pytest benchmarks
+
+lock: ## Resolve requirements.lock again, to the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/pip install --quiet uv
+	.venv-lock/bin/uv pip compile pyproject.toml --all-extras --upgrade --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --no-config --no-emit-index-url \
+		--quiet --custom-compile-command "make lock" --output-file requirements.lock
+
+clean: ## Remove the environments
+	rm -rf $(VENV) $(BENCH_VENV) .venv-lock
+
+# The stamp is written last, so an interrupted set-up starts over. prunelib itself is not installed:
+# the notebooks reach it through the link notebooks/prunelib, all else runs from this folder.
+$(VENV)/.installed: requirements.lock
+	@echo "Setting up $(VENV) from requirements.lock: a few minutes, once."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --require-hashes -r requirements.lock
+	touch $@
+
+$(BENCH_VENV)/.installed: requirements.lock benchmarks/requirements.txt
+	@echo "Setting up $(BENCH_VENV): a few minutes, once."
+	$(PYTHON) -m venv --clear $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet --require-hashes -r requirements.lock
+	$(BENCH_VENV)/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt
+	touch $@

@@ -1,0 +1,378 @@
+"""The project's own promises: one set of versions, a Binder that builds, tidy notebooks."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+import rattler
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rattler.exceptions import InvalidMatchSpecError
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def script(name):
+    """The module scripts/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tracked():
+    """The files of the repository, as a clone has them; links, which are not files, left out."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def texts_of(output):
+    """The text that an output shows, and the mime types in which it shows more than text."""
+    data = output.get("data", {})
+    shown = [output.get("text", ""), *(v for k, v in data.items() if k.startswith("text/"))]
+    return "".join("".join(text) for text in shown), [k for k in data if k.startswith("image/")]
+
+
+# One set of versions
+
+
+def locked(platform):
+    """Name -> version for what the lock installs under Python 3.11 on a platform."""
+    environment = {**default_environment(), "python_version": "3.11"}
+    environment |= {"python_full_version": "3.11.9", "sys_platform": platform}
+    environment |= {"os_name": "nt" if platform == "win32" else "posix"}
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
+    pins = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        spec, *hashes = line.split(" --hash=")
+        requirement = Requirement(spec.strip())
+        assert hashes, f"{spec} has no hash"
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest.strip()) for digest in hashes)
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            (pin,) = requirement.specifier
+            assert pin.operator == "==", f"{spec} is not pinned"
+            assert requirement.name not in pins, f"{requirement.name} is there twice"
+            pins[requirement.name] = pin.version
+    return environment, pins
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_lock_holds_what_pyproject_asks_for(platform):
+    environment, pins = locked(platform)
+    extras = PROJECT["optional-dependencies"].values()
+    asked = [*PROJECT["dependencies"], *(line for lines in extras for line in lines)]
+    for requirement in map(Requirement, asked):
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            name = requirement.name.lower().replace("_", "-")
+            assert name in pins, f"{name} is not in requirements.lock: run `make lock`"
+            assert requirement.specifier.contains(pins[name]), f"{requirement}, locked {pins[name]}"
+
+
+def test_these_tests_run_under_the_lock():
+    _, pins = locked(sys.platform)
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "nbval"):
+        assert importlib.metadata.version(name) == pins[name]
+
+
+def test_environment_yml_is_the_lock():
+    *specs, pip = ENVIRONMENT["dependencies"]
+    parsed = {str(spec.name.normalized): spec for spec in map(strict_spec, specs)}
+    assert set(parsed) == {"python", "pip"}
+    assert pip == {"pip": ["-r requirements.lock"]}
+    # repo2docker understands this form of the version only, and takes 3.10 for any other.
+    assert "python=3.11" in specs
+    assert SpecifierSet(PROJECT["requires-python"]).contains("3.11")
+    assert "PYTHON ?= python3.11" in (ROOT / "Makefile").read_text()
+
+
+def strict_spec(spec):
+    return rattler.MatchSpec(spec, strict=True)
+
+
+def test_the_strict_parser_refuses():
+    with pytest.raises(InvalidMatchSpecError):
+        strict_spec("python=3.11=*=x")
+
+
+def test_binder_builds_from_the_lock(tmp_path):
+    """The Dockerfile of the real repo2docker, which builds nothing here and needs no Docker."""
+    for name in ("environment.yml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    for place in ("Dockerfile", "binder", ".binder", "apt.txt", "runtime.txt", "postBuild"):
+        assert not (ROOT / place).exists(), f"{place} would change what Binder builds"
+    done = subprocess.run(
+        [sys.executable, "-m", "repo2docker", "--no-build", "--debug", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    dockerfile = done.stdout + done.stderr
+    assert "environment.py-3.11" in unquote(dockerfile.replace("-2e", ".").replace("-2d", "-"))
+    copied = dockerfile.index("COPY --chown=0:0 src/ ${REPO_DIR}/")
+    installed = dockerfile.index('env update -p ${NB_PYTHON_PREFIX} --file "environment.yml"')
+    assert copied < installed, "the lock is not there yet when the environment is made"
+
+
+# The repository
+
+
+def test_tracked_files_are_small():
+    large = [
+        str(path.relative_to(ROOT))
+        for path in tracked()
+        if path.stat().st_size >= 1_000_000 and path.parent != ROOT / "prunelib" / "mnist"
+    ]
+    assert not large
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    forbidden = re.compile(
+        r"(?<![\w.~}])/(work|root|home|tmp|Users)/"
+        r"|\bpypi\.org|pythonhosted\.org|npmjs\.(org|com)|deb\.debian\.org"
+        r"|file:///|--(extra-)?index-url|--find-links"
+    )
+    found = []
+    for path in tracked():
+        content = path.read_bytes()
+        if b"\0" in content or path.suffix == ".gz":
+            continue
+        found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in forbidden.finditer(content.decode())]
+    assert not found
+
+
+def test_readme_links_agree_with_pyproject():
+    links = script("make_links")
+    readme = (ROOT / "README.md").read_text()
+    assert links.rewrite(readme, links.current()) == readme, "run `make links`"
+
+
+def test_make_links_follows_the_address():
+    links = script("make_links")
+    readme = "<!-- links:badge -->old<!-- /links -->\n<!-- links:clone --><!-- /links -->"
+    texts = links.blocks("https://github.com/someone/thing.git", "notebooks/01-a.ipynb")
+    new = links.rewrite(readme, texts)
+    assert "/gh/someone/thing/HEAD?urlpath=lab%2Ftree%2Fnotebooks%2F01-a.ipynb)" in new
+    assert "git clone https://github.com/someone/thing && cd thing" in new
+    assert "old" not in new
+    assert links.rewrite(new, texts) == new
+    with pytest.raises(ValueError, match="no <!-- links:badge -->"):
+        links.rewrite("# Title", texts)
+    with pytest.raises(ValueError, match="needs an address like"):
+        links.blocks("https://example.org/thing", "notebooks/01-a.ipynb")
+
+
+def relative_links(markdown):
+    """The targets of links and pictures that stay inside the repository."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", markdown, flags=re.DOTALL)
+    targets = re.findall(r"\]\(<?([^)\s>]+)", prose) + re.findall(r"(?:src|href)=\"([^\"]+)", prose)
+    return [t for t in targets if not re.match(r"[a-z][a-z0-9+.-]*:|#|data:|attachment:", t)]
+
+
+def broken_links(markdown, folder):
+    """Those whose file is not there, or is not kept in git."""
+    kept = set(tracked())
+    kept |= {parent for path in kept for parent in path.parents}
+    places = [(link, (folder / unquote(link.split("#")[0])).resolve()) for link in
+              relative_links(markdown)]  # fmt: skip
+    return [link for link, place in places if place not in kept]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name):
+    assert not broken_links((ROOT / name).read_text(), ROOT)
+
+
+def test_a_broken_link_is_found():
+    text = "[a](tests/test_project.py) [b](nowhere.md#x) [c](https://example.org) `[d](no.md)`"
+    assert broken_links(text, ROOT) == ["nowhere.md#x"]
+
+
+def test_readme_lists_every_notebook():
+    listed = re.findall(r"\(notebooks/([^)#]+\.ipynb)", (ROOT / "README.md").read_text())
+    assert sorted(set(listed)) == [path.name for path in NOTEBOOKS]
+
+
+def test_notebooks_are_numbered_in_reading_order():
+    numbers = [path.name.split("-")[0] for path in NOTEBOOKS]
+    assert numbers == [f"{number:02}" for number in range(1, len(NOTEBOOKS) + 1)]
+
+
+# Each notebook
+
+
+@each_notebook
+def test_notebook_was_executed_once_from_top_to_bottom(path):
+    cells = code_cells(path)
+    assert all(cell.source.strip() for cell in cells), "an empty code cell"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+@each_notebook
+def test_notebook_stores_no_trouble(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            text, _ = texts_of(output)
+            where = f"after\n{cell.source}\n{text}"
+            if output.output_type == "error":
+                assert "raises-exception" in cell.metadata.get("tags", []), where
+            assert output.get("name") != "stderr", where
+            assert not re.search(r"\b\w*Warning\b: ", text), where
+            assert not re.search(r"(?<![\w.])/(work|root|home|tmp|Users|srv)/", text), where
+
+
+@each_notebook
+def test_notebook_claims_are_compared_or_asserted(path):
+    for cell in code_cells(path):
+        tags = set(cell.metadata.get("tags", []))
+        assert not tags & {"nbval-skip"}, f"never run by nbval:\n{cell.source}"
+        assert not re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", cell.source), "say it with a tag"
+        if "nbval-ignore-output" in tags and not re.search(r"^\s*assert\b", cell.source, re.M):
+            # Only what shows nothing but pictures, or a progress bar or widget, may go unasserted.
+            for output in cell.outputs:
+                text, pictures = texts_of(output)
+                assert pictures or re.search(r"\d+%\||interactive\(|Box\(", text), cell.source
+
+
+@each_notebook
+def test_notebook_cells_fit_a_screen(path):
+    for cell in code_cells(path):
+        assert len(cell.source.splitlines()) <= 30, cell.source
+
+
+@each_notebook
+def test_notebook_is_tidy(path):
+    notebook = nbformat.read(path, 4)
+    script("run_notebooks").tidy(notebook)
+    assert notebook == nbformat.read(path, 4), "run scripts/run_notebooks.py --tidy"
+
+
+@each_notebook
+def test_notebook_links_lead_somewhere(path):
+    prose = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+    assert not broken_links("\n".join(prose), path.parent)
+
+
+# The check of the notebooks can fail
+
+
+def stored_notebook(path, source, output):
+    cell = nbformat.v4.new_code_cell(source, execution_count=1)
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=output)]
+    metadata = {"kernelspec": {"display_name": "Python 3", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "passes"),
+    [("0.970 in 0.5 s\n", True), ("0.971 in 0.5 s\n", False), ("0.97 in 0.5 s\n", False)],
+)
+def test_nbval_compares_numbers_and_not_times(tmp_path, stored, passes):
+    path = tmp_path / "tiny.ipynb"
+    stored_notebook(path, "print(f'{0.97:.3f} in {0.1 + 0.2:.2f} s')", stored)
+    options = ["--nbval", "--nbval-sanitize-with", str(SANITIZE), "-p", "no:cacheprovider"]
+    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *config, str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (0 if passes else 1), done.stdout + done.stderr
+    assert ("1 passed" if passes else "1 failed") in done.stdout
+
+
+def test_a_notebook_reaches_prunelib_by_the_link(tmp_path):
+    """Without an installation: the kernel starts in the notebook's folder, where the link is."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "prunelib").mkdir()
+    shutil.copy(ROOT / "prunelib" / "__init__.py", tmp_path / "prunelib")
+    link = ROOT / "notebooks" / "prunelib"
+    assert link.is_symlink()
+    (tmp_path / "notebooks" / "prunelib").symlink_to(link.readlink())
+    path = tmp_path / "notebooks" / "01-tiny.ipynb"
+    stored_notebook(path, "import prunelib\nprint(prunelib.__version__)", "not this\n")
+
+    runner = script("run_notebooks")
+    runner.execute(path)
+    (cell,) = nbformat.read(path, 4).cells
+    assert cell.outputs[0].text == importlib.import_module("prunelib").__version__ + "\n"
+    assert cell.execution_count == 1
+    assert cell.metadata == {}
+
+
+def test_a_failing_notebook_keeps_its_outputs(tmp_path):
+    path = tmp_path / "01-tiny.ipynb"
+    stored_notebook(path, "1 / 0", "as it was\n")
+    before = path.read_bytes()
+    runner = ROOT / "scripts" / "run_notebooks.py"
+    done = subprocess.run([sys.executable, runner, path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stdout
+    assert "01-tiny" in done.stderr
+    assert path.read_bytes() == before
+
+
+# What Binder would install (slow: minutes, and a package registry)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of what is committed, and an empty environment into which only Binder's lines went."""
+    place = tmp_path_factory.mktemp("binder") / "repository"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(place)], check=True)
+    environment = place.parent / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    lines = place / "pip-lines.txt"  # as conda does it: a file of pip's lines, beside the lock
+    lines.write_text("\n".join(ENVIRONMENT["dependencies"][-1]["pip"]))
+    python = environment / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-r", lines], cwd=place, check=True)
+    yield place, python
+    shutil.rmtree(place.parent)
+
+
+@pytest.mark.slow
+def test_binder_environment_runs_the_first_notebook(clone):
+    place, python = clone
+    subprocess.run([python, "-m", "pip", "check"], check=True)
+    subprocess.run([python, "-m", "jupyterlab", "--version"], check=True)
+    first = min((place / "notebooks").glob("01-*.ipynb"))
+    convert = ["nbconvert", "--to", "notebook", "--execute", "--output", "executed.ipynb"]
+    subprocess.run([python, "-m", "jupyter", *convert, first], cwd=place, check=True)
+    assert (first.parent / "executed.ipynb").exists()
+
+
+@pytest.mark.slow
+def test_wheel_carries_the_data(clone):
+    place, python = clone
+    subprocess.run([python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "wheel", "."],
+                   cwd=place, check=True)  # fmt: skip
+    (wheel,) = (place / "wheel").glob("*.whl")
+    listed = subprocess.run(
+        ["git", "ls-files", "prunelib"], cwd=place, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(listed) <= set(zipfile.ZipFile(wheel).namelist())

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from tqdm.auto import tqdm
 
 from prunelib import checks
@@ -46,6 +47,9 @@ class Recipe:
         Whether the learning rate falls to zero along a cosine; else it is constant.
     keep : float
         The probability that dropout keeps a hidden activation; 1 is no dropout.
+    std : float or None
+        Weights and biases start as truncated normals (cut at two standard deviations) of this
+        standard deviation; None leaves the start to the network.
     summed : bool
         Whether a batch's loss is the sum over its examples (as in 2016) or their mean.
     held_out : int
@@ -53,11 +57,12 @@ class Recipe:
     """
 
     name: str
-    steps: int = 50_000
+    steps: int
     batch: int = 64
     learning_rate: float = 1e-3
     decay: bool = True
     keep: float = 1.0
+    std: float | None = None
     summed: bool = False
     held_out: int = 0
 
@@ -67,12 +72,11 @@ class Recipe:
         return optax.adam(optax.cosine_decay_schedule(rate, self.steps) if self.decay else rate)
 
 
-PLAIN = Recipe("plain")
-FAIR_DROPOUT = Recipe("fair_dropout", keep=0.8)
-PLAIN_2016 = Recipe("plain_2016", learning_rate=1e-4, decay=False, summed=True, held_out=5000)
-DROPOUT_2016 = Recipe(
-    "dropout_2016", learning_rate=1e-5, decay=False, keep=0.8, summed=True, held_out=5000
-)
+PLAIN = Recipe("plain", steps=20_000)
+FAIR_DROPOUT = Recipe("fair_dropout", steps=20_000, keep=0.8)
+_AS_IN_2016 = dict(steps=50_000, decay=False, std=0.02, summed=True, held_out=5000)
+PLAIN_2016 = Recipe("plain_2016", learning_rate=1e-4, **_AS_IN_2016)
+DROPOUT_2016 = Recipe("dropout_2016", learning_rate=1e-5, keep=0.8, **_AS_IN_2016)
 
 
 @dataclass(frozen=True)
@@ -164,14 +168,26 @@ def _train(network, recipe, examples, seeds) -> Runs:
     used = len(examples.labels) - recipe.held_out
     images, labels = jnp.asarray(examples.images[:used]), jnp.asarray(examples.labels[:used])
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    starts, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    start = jax.vmap(partial(_start, network, recipe))(starts)
     global _bar
     with tqdm(total=recipe.steps, desc=f"training {recipe.name}", unit="step", leave=False) as _bar:
-        params, loss, accuracy = _scan(network, recipe, images, labels, keys)
+        params, loss, accuracy = _scan(network, recipe, start, images, labels, keys)
         jax.block_until_ready(params)
     checks.finite(f"the parameters trained by {recipe.name!r}", params)
     points = np.arange(1, loss.shape[0] + 1) * _interval(recipe)
     history = {"step": points, "loss": np.array(loss.T), "accuracy": np.array(accuracy.T)}
     return Runs(recipe, seeds, params, history)
+
+
+def _start(network, recipe, key):
+    params = network.init(key)
+    if recipe.std is None:
+        return params
+    leaves, structure = jax.tree.flatten(params)
+    normal = jax.nn.initializers.truncated_normal(recipe.std)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten([normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
 
 
 _bar = None
@@ -188,7 +204,7 @@ def _interval(recipe) -> int:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _scan(network, recipe, images, labels, keys):
+def _scan(network, recipe, start, images, labels, keys):
     optimizer = recipe.optimizer()
     interval = _interval(recipe)
 
@@ -223,14 +239,13 @@ def _scan(network, recipe, images, labels, keys):
         jax.debug.callback(_advance, interval)
         return states, jax.tree.map(lambda m: m.mean(0), metrics)
 
-    starts, orders, noise = (k for k in jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys))
-    params = jax.vmap(network.init)(starts)
+    orders, noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     batches = jax.vmap(order)(orders).swapaxes(0, 1)
     scanned = (
         batches.reshape(-1, interval, *batches.shape[1:]),
         jnp.arange(recipe.steps).reshape(-1, interval),
     )
-    states = (params, jax.vmap(optimizer.init)(params), noise)
+    states = (start, jax.vmap(optimizer.init)(start), noise)
     (params, _, _), (loss, accuracy) = jax.lax.scan(between_points, states, scanned)
     return params, loss, accuracy
 
@@ -246,19 +261,24 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
     content = hashlib.sha256()
     for array in examples:
         content.update(np.ascontiguousarray(array))
-    layers = [
-        [layer.name, str(layer.graph)] if layer.name else getattr(layer.function, "__name__", "?")
-        for layer in network.layers
-    ]
-    start = _content(network.init(jax.random.key(0)))
+    start = network.init(jax.random.key(0))
     return {
         "format": 1,
         "recipe": dataclasses.asdict(recipe),
-        "network": _digest(layers),
-        "start": start,
+        "layers": [_describe(layer) for layer in network.layers],
+        # Two digits: what initializer it is, not in which last bits a processor differs.
+        "spread": [f"{float(jnp.std(leaf)):.1e}" for leaf in jax.tree.leaves(start)],
         "data": content.hexdigest(),
         "seeds": list(seeds),
     }
+
+
+def _describe(layer) -> str:
+    if not layer.name:
+        return getattr(layer.function, "__name__", repr(layer.function))
+    settings = vars(layer.function(rngs=nnx.Rngs(0)))
+    plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str | tuple)}
+    return f"{layer.name} = {layer.kind.__name__} {sorted(plain.items())}"
 
 
 def _digest(value) -> str:

@@ -154,7 +154,7 @@ def test_no_file_names_a_machine_or_a_registry():
     forbidden = re.compile(
         r"(?<![\w.~}])/(work|root|home|tmp|Users)/"
         r"|\bpypi\.org|pythonhosted\.org|npmjs\.(org|com)|deb\.debian\.org"
-        r"|file:///|--(extra-)?index-url|--find-links"
+        r"|file:/{3}|--(extra-)?index-url|--find[-]links"
     )
     found = []
     for path in tracked():

@@ -38,7 +38,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
             output.get("data", {}).pop(WIDGET, None)  # its id means nothing without a kernel
 
 
-def execute(path: Path) -> tuple[float, float]:
+def execute(path: Path, label: str = "") -> tuple[float, float]:
     """Run one notebook in a fresh kernel and store it; returns seconds and peak memory in MB."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -46,13 +46,15 @@ def execute(path: Path) -> tuple[float, float]:
         kernel_name="python3",
         timeout=1200,
         record_timing=False,
-        store_widget_state=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # the kernel's own, on the terminal
         resources={"metadata": {"path": str(path.parent)}},
     )
     start = time.perf_counter()
     with client.setup_kernel():
-        for index, cell in enumerate(tqdm(notebook.cells, path.stem, leave=False, unit="cell")):
+        # A bar while it runs, on a terminal only.
+        cells = tqdm(notebook.cells, label, leave=False, unit="cell", disable=None)
+        for index, cell in enumerate(cells):
             client.execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
         request = client.kc.execute("", silent=True, user_expressions={"peak": PEAK})
         reply = client.wait_for_reply(request)
@@ -82,15 +84,15 @@ def main() -> int:
     width = max(len(path.stem) for path in paths)
     rows, failed = [], []
     for number, path in enumerate(paths, start=1):
-        print(f"[{number}/{len(paths)}] {path.stem:<{width}}", end="  ", flush=True)
+        label = f"[{number}/{len(paths)}] {path.stem:<{width}}"
         try:
-            seconds, peak = execute(path)
+            seconds, peak = execute(path, label)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             failed.append(path.stem)
-            print(f"failed\n{error}", flush=True)
+            print(f"{label}  failed\n{error}", flush=True)
         else:
             rows.append((path.stem, seconds, peak))
-            print(f"{seconds:7.1f} s", flush=True)
+            print(f"{label}  {seconds:7.1f} s", flush=True)
 
     print(f"\n{'notebook':<{width}}  seconds  peak memory")
     for stem, seconds, peak in rows:

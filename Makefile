@@ -17,12 +17,13 @@ help: ## List what make can do
 run: $(VENV)/.installed ## Execute all notebooks in place, in order, and draw every figure again
 	$(VENV)/bin/python scripts/run_notebooks.py
 
-test: $(VENV)/.installed ## Test prunelib and the project, then compare every notebook's outputs
+test: $(VENV)/.installed ## Test prunelib and the project, then run every notebook and its solutions, and compare
 	$(VENV)/bin/python -m pytest tests
 ifeq ($(NOTEBOOKS),)
 	@echo "NO NOTEBOOKS: notebooks/NN-*.ipynb matches nothing, so no stored output was compared." >&2
 else
-	$(VENV)/bin/python -m pytest $(NBVAL) $(NOTEBOOKS)
+	$(VENV)/bin/python scripts/with_solutions.py build/notebooks
+	$(VENV)/bin/python -m pytest $(NBVAL) $(NOTEBOOKS:%=build/%)
 endif
 
 test-binder: $(VENV)/.installed ## Install what Binder would, in an empty environment, and use it (slow)

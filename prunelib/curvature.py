@@ -222,7 +222,8 @@ def loss_factor(loss, logits, labels):
     """Signs ``[n, c]`` and vectors ``[n, c, c]`` with ``∇²_z E_n = Σ_c sign_c s_c s_cᵀ``."""
     if loss is cross_entropy:
         p = jax.nn.softmax(logits)
-        vectors = jnp.sqrt(p)[:, :, None] * (jnp.eye(p.shape[1], dtype=p.dtype) - p[:, None, :])
+        eye = jnp.eye(p.shape[1], dtype=p.dtype)[None]
+        vectors = jnp.sqrt(p)[:, :, None] * (eye - p[:, None, :])
         return jnp.ones_like(p), vectors
     hessians = jax.vmap(jax.hessian(lambda z, y: loss(z[None], y[None])[0]))(logits, labels)
     values, vectors = jnp.linalg.eigh(hessians)

@@ -6,6 +6,7 @@ Every figure is saved beside the CSV it was drawn from: ``figures/result.png`` a
 
 import csv
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,3 +82,341 @@ def save(figure, name: str, table: dict[str, list], note: str = "") -> None:
 
 def _text(value):
     return f"{value:.6g}" if isinstance(value, float | np.floating) else value
+
+
+# Notebook 02 -------------------------------------------------------------------------------------
+
+
+def digits(images, labels, columns: int = 10):
+    """The first two rows of a data set's pictures, ``[n, 784]``; returns a figure and its table."""
+    figure, axes = new(2, columns, (7.5, 1.9))
+    for ax, image, label in zip(axes.flat, images, labels, strict=False):
+        ax.imshow(np.reshape(image, (28, 28)), cmap="gray_r")
+        ax.set_title(f"{label}", fontsize=10, pad=2)
+        ax.axis("off")
+    count = 2 * columns
+    return figure, {
+        "place": list(range(count)),
+        "label": [int(label) for label in labels[:count]],
+        "mean_grey": [float(np.mean(image)) for image in images[:count]],
+    }
+
+
+RECIPES = {
+    "plain": ("plain", COLOURS["magnitude"], "-"),
+    "fair_dropout": ("fair dropout", COLOURS["dropout"], "-"),
+    "plain_2016": ("plain, 2016", COLOURS["accent"], "--"),
+    "dropout_2016": ("dropout, 2016", COLOURS["other"], "--"),
+    "short_2016": ("cut short, no dropout", COLOURS["published"], ":"),
+}
+
+
+def learning_curves(runs: dict):
+    """Training loss and accuracy of each recipe's `Runs` by step: mean and range over seeds."""
+    figure, (above, below) = new(2, 1, (7.5, 5.5), sharex=True)
+    table = {"recipe": [], "seed": [], "step": [], "loss": [], "accuracy": []}
+    for name, run in runs.items():
+        label, colour, line = RECIPES[name]
+        for ax, field in ((above, "loss"), (below, "accuracy")):
+            band(ax, run.history["step"], run.history[field], label, colour, line)
+        for seed, losses, rights in zip(
+            run.seeds, run.history["loss"], run.history["accuracy"], strict=True
+        ):
+            for row in zip(run.history["step"], losses, rights, strict=True):
+                for column, value in zip(table, (name, seed, *row), strict=True):
+                    table[column].append(value)
+    above.set(yscale="log", ylabel="training loss (nats)")
+    below.set(ylim=(0.8, 1.005), ylabel="training accuracy", xlabel="step (batches of 64)")
+    above.legend(ncols=2, loc="upper right", fontsize=10)
+    return figure, table
+
+
+# Notebook 04 -------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    ("magnitude", "all"): "magnitude_all_layers",
+    ("magnitude", "layer"): "magnitude_layerwise",
+    ("obd", "all"): "obd_all_layers",
+    ("obd", "layer"): "obd_layerwise",
+    ("dropout", "all"): "obd_all_layers_dropout",
+}
+CRITERIA = {**NAMES, "dropout": "OBD with dropout"}
+
+
+def remaining_axis(axes, upto: float) -> None:
+    """What remains, in percent, falling to the right, from 100 to 100 - `upto`."""
+    axes.set_xlim(100, 100 - upto)
+    axes.set_xlabel("weights and biases remaining (%)")
+
+
+def pruning_curves(axes, curves: dict, field: str, upto: float, published: dict | None = None):
+    """One line for each ``(criterion, scope): Curve`` (arrays ``[seeds, levels]``), with its band.
+
+    `published` (from `data.published_2016`) is drawn thin, in the same colours. Returns the table.
+    """
+    table = {"criterion": [], "scope": [], "percent_remaining": [], "seed": [], field: []}
+
+    def add(key, percents, values, seed):
+        for percent, value in zip(percents, values, strict=True):
+            row = (*key, 100 - percent, seed, value)
+            for column, entry in zip(table, row, strict=True):
+                table[column].append(entry)
+
+    for (criterion, scope), curve in curves.items():
+        shown = curve.percents[0] <= upto
+        x, y = curve.percents[0][shown], getattr(curve, field)[:, shown]
+        label = f"{CRITERIA[criterion]}, {SCOPE_NAMES[scope]}"
+        width = 1.3 if criterion == "random" else 2
+        band(axes, 100 - x, y, label, COLOURS[criterion], LINES[scope], linewidth=width)
+        for seed, values in enumerate(y):
+            add((criterion, scope), x, values, seed)
+    for key in PUBLISHED if published else ():
+        percents, values = published[PUBLISHED[key]]
+        shown = percents <= upto
+        style = dict(color=COLOURS[key[0]], linestyle=LINES[key[1]], linewidth=0.9, alpha=0.7)
+        axes.plot(100 - percents[shown], values[shown], marker=".", markersize=3, **style)
+        add(key, percents[shown], values[shown], "published 2016")
+    remaining_axis(axes, upto)
+    return table
+
+
+def _legend_below(figure, axes, published: bool = False):
+    handles, labels = axes.get_legend_handles_labels()
+    if published:
+        handles.append(plt.Line2D([], [], color="0.3", linewidth=0.9, marker=".", markersize=3))
+        labels.append("thin: published in 2016")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9.5)
+
+
+def result(curves: dict, published: dict, upto: float = 20):
+    """The study's first figure: test accuracy to 20 % pruned, and its top part enlarged."""
+    figure, (whole, top) = new(2, 1, (7.5, 7.2), height_ratios=[3, 2])
+    table = pruning_curves(whole, curves, "accuracy", upto, published)
+    whole.set(ylim=(0, 1), ylabel="test accuracy", xlabel="")
+    pruning_curves(top, curves, "accuracy", upto, published)
+    top.set(ylim=(0.96, 0.98), ylabel="test accuracy, enlarged")
+    _legend_below(figure, whole, published=True)
+    return figure, table
+
+
+def to_the_end(curves: dict, losses: dict):
+    """Test accuracy and training loss as far as 99 % pruned; returns a figure and two tables."""
+    figure, (above, below) = new(2, 1, (7.5, 8))
+    accuracy = pruning_curves(above, curves, "accuracy", 99)
+    above.set(ylim=(0, 1), ylabel="test accuracy", xlabel="")
+    loss = pruning_curves(below, losses, "loss", 99)
+    below.set(yscale="log", ylim=(1e-3, 30), ylabel="training loss (nats)")
+    _legend_below(figure, above)
+    return figure, accuracy, loss
+
+
+def closer_look(accuracy, confusion, survivors, images, captions):
+    """What pruning left: a confusion matrix, the weights of each pixel, and digits that flipped.
+
+    Parameters
+    ----------
+    accuracy : float
+    confusion : int array [10, 10]
+        Counts of test images, by label (row) and answer (column).
+    survivors : int array [28, 28]
+        How many of the weights that leave each pixel are kept.
+    images, captions : array [k, 28, 28] and list of k strings
+    """
+    figure = plt.figure(figsize=(7.5, 4.6), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[4, 4, 1.5])
+    figure.suptitle(f"test accuracy {accuracy:.3f}")
+    ax = left.add_subplot(title="answers by label")
+    ax.imshow(np.log1p(confusion), cmap="Blues")
+    ax.set(xlabel="answer", ylabel="label", xticks=range(10), yticks=range(10))
+    ax = middle.add_subplot(title="weights left at each pixel")
+    shown = ax.imshow(survivors, vmin=0, vmax=50)
+    ax.set(xticks=[], yticks=[])
+    middle.colorbar(shown, ax=ax, orientation="horizontal", label="of 50")
+    for ax, image, caption in zip(right.subplots(2, 1), images, captions, strict=False):
+        ax.imshow(image, cmap="gray_r")
+        ax.set_title(caption, fontsize=9)
+        ax.axis("off")
+    return figure
+
+
+# Notebook 06 -------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One curve of `accuracy_panels`: accuracy (a fraction) against percent pruned.
+
+    `accuracy` is ``[levels]``, or ``[seeds, levels]`` to be drawn as a mean and a range; `colour`
+    is a key of COLOURS. A `faint` curve draws each seed as a thin line instead.
+    """
+
+    label: str
+    percents: np.ndarray
+    accuracy: np.ndarray
+    colour: str
+    line: str = "-"
+    faint: bool = False
+
+
+def accuracy_panels(panels: dict[str, list[Line]], title: str = "", size=(7.5, 4.6)):
+    """Side by side, what was published, what the same program gives here, and the correction.
+
+    Parameters
+    ----------
+    panels : dict
+        Panel title -> its lines. Labels that panels share stand in the legend once.
+
+    Returns
+    -------
+    figure, array of axes, table
+        The table is long: one row for each panel, curve and level, with mean, min and max.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+        rows, handles = [], {}
+        for ax, (name, lines) in zip(axes[0], panels.items(), strict=True):
+            for line in lines:
+                _panel_line(ax, line)
+                runs = np.atleast_2d(line.accuracy)
+                points = np.transpose([line.percents, runs.mean(0), runs.min(0), runs.max(0)])
+                rows += [(name, line.label, *point) for point in points.tolist()]
+            ax.set(title=name, xlabel="percent pruned", ylim=(0, 1))
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        axes[0, 0].set_ylabel("test accuracy")
+        columns = 2 if len(handles) > 3 else 3
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
+        figure.suptitle(title)
+    names = ("panel", "curve", "percent_pruned", "accuracy", "lowest", "highest")
+    return figure, axes[0], dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def _panel_line(ax, line):
+    colour = COLOURS[line.colour]
+    if line.faint:
+        labels = [line.label] + [None] * (len(line.accuracy) - 1)
+        for label, run in zip(labels, line.accuracy, strict=True):
+            ax.plot(line.percents, run, line.line, color=colour, lw=0.9, alpha=0.8, label=label)
+    elif np.ndim(line.accuracy) == 2:
+        band(ax, line.percents, line.accuracy, line.label, colour, line.line)
+    else:
+        ax.plot(line.percents, line.accuracy, line.line, marker="o", ms=3.5, lw=1.2, color=colour,
+                label=line.label)  # fmt: skip
+
+
+def pixel_shares(shares: dict[str, np.ndarray], title: str = ""):
+    """Pictures of the input pixels: which share of each pixel's weights went.
+
+    Parameters
+    ----------
+    shares : dict
+        Caption -> array ``[28, 28]`` in [0, 1].
+
+    Returns
+    -------
+    figure, table
+        The table has one row for each pixel.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, -(-len(shares) // 2), figsize=(7.5, 6.8), squeeze=False)
+        for ax, (caption, share) in zip(axes.ravel(), shares.items(), strict=True):
+            picture = ax.imshow(100 * share, vmin=0, vmax=100, cmap="magma")
+            ax.set_title(caption)
+            ax.set(xticks=[0, 9, 18, 27], yticks=[0, 9, 18, 27])
+            ax.grid(False)
+        figure.colorbar(picture, ax=axes, label="percent", shrink=0.6)
+        figure.suptitle(title)
+    row, column = np.divmod(np.arange(784), 28)
+    return figure, {"row": row, "column": column} | {k: np.ravel(v) for k, v in shares.items()}
+
+
+def leak(lines: list[Line], lost: np.ndarray, title: str = ""):
+    """What a restore that restores other weights does: accuracy, and the weights lost for good.
+
+    Parameters
+    ----------
+    lines : list of Line
+        The left panel.
+    lost : int array [seeds, levels]
+        Weights that differ from the trained ones after each level's restore; levels as in lines[0].
+    """
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 4.8))
+        for line in lines:
+            _panel_line(left, line)
+        left.set(title="Accuracy", xlabel="percent pruned", ylabel="test accuracy", ylim=(0, 1))
+        figure.legend(loc="outside lower center", ncols=2)
+        levels = lines[0].percents
+        band(right, levels, lost, "lost", COLOURS["other"])
+        right.set(title="Weights not restored", xlabel="percent pruned", ylim=(0, None))
+        figure.suptitle(title)
+    columns = {f"lost_seed_{seed}": run for seed, run in enumerate(lost)}
+    for line in lines:
+        for name, at in (("mean", np.mean), ("lowest", np.min), ("highest", np.max)):
+            columns[f"{line.label}, {name}"] = at(np.atleast_2d(line.accuracy), 0)
+    return figure, {"percent_pruned": levels} | columns
+
+
+# Notebooks 08 and 09 -----------------------------------------------------------------------------
+
+
+class Trail(NamedTuple):
+    """One line of `kept_panels`: a value against percent kept, for each seed.
+
+    `values` is ``[seeds, levels]``; `colour` is a key of COLOURS.
+    """
+
+    label: str
+    kept: np.ndarray
+    values: np.ndarray
+    colour: str
+    line: str = "-"
+
+
+def kept_panels(panels: dict[str, list[Trail]], ylabel: str, size=(7.5, 7.6), **limits):
+    """Curves against the percentage of parameters kept, on a log axis that shrinks to the right.
+
+    `panels` has one entry for each panel, from the top: its title and its lines. `limits` are
+    passed to each axes. Returns the figure, its axes, and a long table.
+    """
+    figure, axes = new(len(panels), 1, size, sharex=True, squeeze=False)
+    rows = []
+    for ax, (title, trails) in zip(axes[:, 0], panels.items(), strict=True):
+        for trail in trails:
+            band(ax, trail.kept, trail.values, trail.label, COLOURS[trail.colour], trail.line,
+                 marker="o", markersize=3)  # fmt: skip
+            for seed, values in enumerate(trail.values):
+                points = zip(trail.kept, values, strict=True)
+                rows += [(title, trail.label, seed, *point) for point in points]
+        ax.set(title=title, xscale="log", ylabel=ylabel, **limits)
+        ax.legend(fontsize=9.5)
+    ax.set_xlabel("parameters kept (%)")
+    ax.set_xlim(100, ax.get_xlim()[0])
+    ticks = [tick for tick in (100, 50, 20, 10, 5, 2, 1, 0.5) if tick > ax.get_xlim()[1]]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    names = ("panel", "curve", "seed", "percent_kept", "value")
+    return figure, axes[:, 0], dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def survivors(masks: dict[str, dict[float, np.ndarray]], title: str = ""):
+    """How many first-layer weights are left at each pixel, as the network shrinks.
+
+    `masks` has one row of pictures for each entry: a caption, and percent kept -> bool
+    ``[784, units]``. Returns the figure and a table with one row for each pixel.
+    """
+    columns = max(map(len, masks.values()))
+    figure, axes = new(len(masks), columns, (7.5, 1.9 * len(masks) + 0.6), squeeze=False)
+    row, column = np.divmod(np.arange(784), 28)
+    table = {"row": row, "column": column}
+    for line, (caption, levels) in zip(axes, masks.items(), strict=True):
+        for ax, (kept, mask) in zip(line, levels.items(), strict=True):
+            left = mask.sum(1)
+            shown = ax.imshow(left.reshape(28, 28), vmin=0, cmap="magma")
+            ax.set_title(f"{kept:g} % kept, {left.sum():,} left", fontsize=8.5)
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            figure.colorbar(shown, ax=ax, shrink=0.75).ax.tick_params(labelsize=7)
+            table[f"{caption} {kept:g}"] = left
+        line[0].set_ylabel(caption)
+    figure.suptitle(title, fontsize=12)
+    return figure, table

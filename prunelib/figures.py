@@ -420,3 +420,118 @@ def survivors(masks: dict[str, dict[float, np.ndarray]], title: str = ""):
         line[0].set_ylabel(caption)
     figure.suptitle(title, fontsize=12)
     return figure, table
+
+
+def filters(kernels: dict[str, np.ndarray], title: str = ""):
+    """Convolution kernels ``[height, width, units]`` as pictures, a row for each entry.
+
+    White is a weight of exactly zero, red is positive, blue negative. Returns the figure and a
+    long table.
+    """
+    units = next(iter(kernels.values())).shape[-1]
+    figure, axes = new(len(kernels), units, (7.5, 0.75 * len(kernels) + 0.5), squeeze=False)
+    limit = max(np.abs(kernel).max() for kernel in kernels.values())
+    rows = []
+    for line, (caption, kernel) in zip(axes, kernels.items(), strict=True):
+        for unit, ax in enumerate(line):
+            ax.imshow(kernel[..., unit], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            places = np.ndindex(kernel.shape[:2])
+            rows += [(caption, unit, *place, kernel[place][unit]) for place in places]
+        line[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    names = ("network", "filter", "row", "column", "weight")
+    return figure, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def kept_by_layer(kept: dict[str, dict[str, float]], xlabel: str):
+    """Bars: the share of each layer that is kept, in percent (network -> layer -> share)."""
+    figure, ax = new(size=(7.5, 3.6))
+    colours = [COLOURS[name] for name in ("light", "magnitude", "accent", "obd", "other")]
+    layers = list(next(iter(kept.values())))
+    height = 0.8 / len(kept)
+    for number, ((name, shares), colour) in enumerate(zip(kept.items(), colours, strict=False)):
+        places = np.arange(len(layers)) + (number - (len(kept) - 1) / 2) * height
+        bars = ax.barh(places, shares.values(), height, color=colour, label=name)
+        ax.bar_label(bars, fmt="%.1f", fontsize=8.5, padding=2)
+    ax.set_yticks(range(len(layers)), layers)
+    ax.invert_yaxis()
+    ax.set_xlabel(xlabel)
+    ax.legend(fontsize=9.5)
+    rows = [(name, layer, share) for name, s in kept.items() for layer, share in s.items()]
+    names = ("network", "layer", "percent_kept")
+    return figure, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+# Notebook 01 -------------------------------------------------------------------------------------
+
+
+def two_weights(loss, w, prune, hessian):
+    """Contours of a loss of two weights and of its quadratic model, with the pruning steps."""
+    one, two = np.linspace(-0.35, 1.15, 61), np.linspace(-1.6, 5.2, 61)
+    grid = np.stack(np.meshgrid(one, two), axis=-1)
+    step = grid - np.asarray(w)
+    true = np.array([[float(loss(point)) for point in row] for row in grid])
+    model = float(loss(w)) + 0.5 * np.einsum("abi,ij,abj->ab", step, np.asarray(hessian), step)
+    figure, axes = new(1, 2, (7.5, 4.0), sharey=True)
+    levels = float(loss(w)) + np.array([0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
+    colours = {"w1": COLOURS["magnitude"], "w2": COLOURS["obd"], "both": COLOURS["random"]}
+    for ax, values, title in zip(axes, (true, model), ("loss", "quadratic model"), strict=True):
+        ax.contour(one, two, values, levels, cmap="Greys_r", linewidths=1)
+        for name, delta in prune.items():
+            end = np.asarray(w + delta)
+            ax.annotate(
+                "", end, np.asarray(w), arrowprops={"arrowstyle": "->", "color": colours[name], "lw": 2}
+            )
+            ax.plot([], [], color=colours[name], label=f"prune {name}")
+        ax.plot(*np.asarray(w), "ko")
+        ax.set(title=title, xlabel="weight $w_1$")
+        ax.grid(False)
+    axes[0].set_ylabel("weight $w_2$")
+    axes[0].legend(loc="lower right", fontsize=9)
+    figure.suptitle("Steep along $w_1$, flat along $w_2$: the long arrow climbs least")
+    table = {"w1": grid[..., 0].ravel(), "w2": grid[..., 1].ravel()}
+    return figure, table | {"loss": true.ravel(), "quadratic": model.ravel()}
+
+
+def two_slices(loss, w, hessian):
+    """The loss and its parabola along each of two weights, the other one at its minimum."""
+    figure, axes = new(1, 2, (7.5, 3.8), sharey=True)
+    table = {"weight": [], "value": [], "loss": [], "quadratic": []}
+    for k, ax in enumerate(axes):
+        reach = abs(float(w[k])) * 1.3
+        values = np.linspace(float(w[k]) - reach, float(w[k]) + reach, 81)
+        true = np.array([float(loss(w.at[k].set(value))) for value in values])
+        model = float(loss(w)) + 0.5 * float(hessian[k, k]) * (values - float(w[k])) ** 2
+        ax.plot(values, true, color="black", label="loss")
+        ax.plot(values, model, "--", color=COLOURS["obd"], label="parabola at the minimum")
+        ax.axvline(0, color=COLOURS["random"], lw=1)
+        ax.plot(float(w[k]), float(loss(w)), "ko")
+        ax.set(xlabel=f"weight $w_{k + 1}$", title=f"$w_{k + 1}$: curvature {float(hessian[k, k]):.3f}")
+        for name, column in zip(table, ([k + 1] * 81, values, true, model), strict=True):
+            table[name] += list(column)
+    axes[0].set_ylabel("loss (nats)")
+    axes[1].legend(loc="upper center", fontsize=9)
+    return figure, table
+
+
+def taylor_bars(cases, names):
+    """Stacked Taylor terms of several loss changes; a black mark is the actual change."""
+    figure, ax = new(size=(7.5, 4.2))
+    colours = [COLOURS[c] for c in ("other", "obd", "magnitude", "light")]
+    below, above = np.zeros(len(cases)), np.zeros(len(cases))
+    for term, colour in enumerate(colours):
+        values = np.array([case[term] for case in cases.values()])
+        start = np.where(values < 0, below, above)
+        ax.bar(range(len(cases)), values, 0.5, start, color=colour, label=names[term])
+        below, above = below + np.minimum(values, 0), above + np.maximum(values, 0)
+    actual = [case[4] for case in cases.values()]
+    ax.hlines(actual, np.arange(len(cases)) - 0.35, np.arange(len(cases)) + 0.35, "black", lw=2.5,
+              label="actual")  # fmt: skip
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_xticks(range(len(cases)), cases)
+    ax.set(ylabel="change of the loss (nats)", title="What OBD keeps (orange), and what it drops")
+    ax.legend(fontsize=9)
+    table = {"case": [name.replace("$", "").replace("\n", " ") for name in cases]}
+    return figure, table | {names[t]: [case[t] for case in cases.values()] for t in range(5)}

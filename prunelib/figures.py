@@ -8,6 +8,7 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -472,7 +473,7 @@ def two_weights(loss, w, prune, hessian):
     one, two = np.linspace(-0.35, 1.15, 61), np.linspace(-1.6, 5.2, 61)
     grid = np.stack(np.meshgrid(one, two), axis=-1)
     step = grid - np.asarray(w)
-    true = np.array([[float(loss(point)) for point in row] for row in grid])
+    true = np.asarray(jax.vmap(jax.vmap(loss))(grid.astype(np.float32)))
     model = float(loss(w)) + 0.5 * np.einsum("abi,ij,abj->ab", step, np.asarray(hessian), step)
     figure, axes = new(1, 2, (7.5, 4.0), sharey=True)
     levels = float(loss(w)) + np.array([0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
@@ -502,7 +503,7 @@ def two_slices(loss, w, hessian):
     for k, ax in enumerate(axes):
         reach = abs(float(w[k])) * 1.3
         values = np.linspace(float(w[k]) - reach, float(w[k]) + reach, 81)
-        true = np.array([float(loss(w.at[k].set(value))) for value in values])
+        true = np.asarray(jax.vmap(lambda value, k=k: loss(w.at[k].set(value)))(values))
         model = float(loss(w)) + 0.5 * float(hessian[k, k]) * (values - float(w[k])) ** 2
         ax.plot(values, true, color="black", label="loss")
         ax.plot(values, model, "--", color=COLOURS["obd"], label="parabola at the minimum")

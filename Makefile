@@ -3,19 +3,21 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
+LAB_VENV ?= .venv-lab
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]-*.ipynb))
 NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout=1200 --nbval-kernel-startup-timeout=120
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-binder lab lint links lock train bench clean help
+.PHONY: run test test-binder test-lab lab lint links lock train bench clean help
 
 help: ## List what make can do
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(VENV)/.installed ## Execute all notebooks in place, in order, and draw every figure again
 	$(VENV)/bin/python scripts/run_notebooks.py
+	$(VENV)/bin/python scripts/make_links.py
 
 test: $(VENV)/.installed ## Test prunelib and the project, then run every notebook and its solutions, and compare
 	$(VENV)/bin/python -m pytest tests
@@ -29,13 +31,16 @@ endif
 test-binder: $(VENV)/.installed ## Install what Binder would, in an empty environment, and use it (slow)
 	$(VENV)/bin/python -m pytest -m slow tests/test_project.py
 
+test-lab: $(VENV)/.installed $(LAB_VENV)/.installed ## Run notebooks in the real JupyterLab, in a headless Chromium (minutes)
+	LAB=$(abspath $(VENV)/bin/jupyter) $(LAB_VENV)/bin/python -m pytest --noconftest -rs tests/lab
+
 lab: $(VENV)/.installed ## Open JupyterLab at the first notebook
 	$(VENV)/bin/jupyter lab $(firstword $(NOTEBOOKS))
 
 lint: $(VENV)/.installed ## Check the code and the notebooks with ruff
 	$(VENV)/bin/ruff check .
 
-links: $(VENV)/.installed ## Write README.md's links from pyproject.toml's [project.urls]
+links: $(VENV)/.installed ## Write README.md's links and its table of notebooks
 	$(VENV)/bin/python scripts/make_links.py
 
 train: $(VENV)/.installed ## Train the networks of prunelib/runs again
@@ -52,7 +57,7 @@ lock: ## Resolve requirements.lock again, to the newest versions that pyproject.
 		--quiet --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## Remove the environments
-	rm -rf $(VENV) $(BENCH_VENV) .venv-lock
+	rm -rf $(VENV) $(BENCH_VENV) $(LAB_VENV) .venv-lock
 
 # The stamp is written last, so an interrupted set-up starts over. prunelib itself is not installed:
 # the notebooks reach it through the link notebooks/prunelib, all else runs from this folder.
@@ -67,4 +72,10 @@ $(BENCH_VENV)/.installed: requirements.lock benchmarks/requirements.txt
 	$(PYTHON) -m venv --clear $(BENCH_VENV)
 	$(BENCH_VENV)/bin/pip install --quiet --require-hashes -r requirements.lock
 	$(BENCH_VENV)/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt
+	touch $@
+
+# Drives a browser that is already there; nothing downloads one.
+$(LAB_VENV)/.installed: tests/lab/requirements.txt
+	$(PYTHON) -m venv --clear $(LAB_VENV)
+	$(LAB_VENV)/bin/pip install --quiet -r tests/lab/requirements.txt
 	touch $@

@@ -1,18 +1,25 @@
-"""Write README.md's links that depend on where the project lives.
+"""Write what README.md takes from elsewhere: the project's address, and the table of notebooks.
 
     python scripts/make_links.py
 
 The address stands once, in pyproject.toml's [project.urls]. In README.md, whatever is between
 ``<!-- links:NAME -->`` and ``<!-- /links -->`` is written by this script: ``badge`` is the Binder
-badge, which opens JupyterLab at the first notebook; ``clone`` is how to get and run the project.
+badge, which opens JupyterLab at the first notebook; ``clone`` is how to get and run the project;
+``notebooks`` is the table, from the notebooks themselves and notebooks/measured.csv.
 """
 
+import csv
+import json
+import math
 import re
 import tomllib
 from pathlib import Path
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
+# The figure that stands for a notebook, where it is not the first one that the notebook saves.
+THUMBNAILS = {"04": "pruning_to_99", "06": "detective_index_order"}
+BOLD_QUESTION = re.compile(r"\*\*([^*]+\?)\*\*|\*\*The question\.\*\*\s+([^*]+?\?)(?=\s)")
 
 
 def blocks(repository: str, first_notebook: str) -> dict[str, str]:
@@ -33,6 +40,59 @@ def blocks(repository: str, first_notebook: str) -> dict[str, str]:
     return {"badge": badge, "clone": f"\n{clone}\n"}
 
 
+def title_and_question(path: Path) -> tuple[str, str]:
+    """A notebook's heading, and the question in bold below it, each as one line."""
+    top = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    heading = re.match(r"# (.+)", top)
+    question = BOLD_QUESTION.search(top)
+    if heading is None or question is None:
+        raise ValueError(f"{path.name} must start with '# Title' and '**The question?**'")
+    return heading[1].strip(), " ".join((question[1] or question[2]).split())
+
+
+def figures_of(path: Path) -> list[str]:
+    """The names under which a notebook saves its figures, in order."""
+    cells = json.loads(path.read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return re.findall(r"""figures\.save\(\s*[^,]+,\s*["'](\w+)["']""", code)
+
+
+def thumbnail(path: Path, title: str) -> str:
+    """A small picture, described by the note in its CSV, or else by the notebook's title."""
+    saved = figures_of(path)
+    name = THUMBNAILS.get(path.name[:2], saved[0] if saved else "")
+    if not name:
+        return ""
+    first_line = (ROOT / "figures" / f"{name}.csv").read_text().split("\n", 1)[0]
+    alt = first_line[2:] if first_line.startswith("# ") else title
+    alt = alt.replace("|", "/").replace('"', "'")
+    return f'<img src="figures/{name}.png" width="120" alt="{alt}">'
+
+
+def notebook_table(paths: list[Path], measured: Path) -> str:
+    """The table of notebooks, with the time and the memory that `measured` has for each."""
+    with measured.open(newline="") as file:
+        rows = {row["notebook"]: row for row in csv.DictReader(file)}
+    lines = ["| | notebook | the question | time | memory |", "| --- | --- | --- | --- | --- |"]
+    for path in paths:
+        if path.stem not in rows:
+            raise ValueError(f"{measured.name} has no row for {path.stem}: run `make run`")
+        seconds, peak = float(rows[path.stem]["seconds"]), float(rows[path.stem]["peak_mb"])
+        time = f"{10 * math.ceil(seconds / 10)} s" if seconds < 95 else f"{seconds / 60:.1f} min"
+        title, question = title_and_question(path)
+        number, link = int(path.name[:2]), f"notebooks/{path.name}"
+        lines.append(
+            f"| {thumbnail(path, title)} | [{number}. {title}]({link}) | {question} "
+            f"| {time} | {peak / 1000:.1f} GB |"
+        )
+    total, most = (column(float(row[key]) for row in rows.values())
+                   for column, key in ((sum, "seconds"), (max, "peak_mb")))  # fmt: skip
+    return "\n".join(lines) + (
+        f"\n\nTime and peak memory are measured by `make run` ([where it last ran](notebooks/"
+        f"{measured.name})): {total / 60:.1f} minutes in all, at most {most / 1000:.1f} GB."
+    )
+
+
 def rewrite(readme: str, texts: dict[str, str]) -> str:
     """The README with every marked place filled in. Raises ValueError if the badge has none."""
     if "<!-- links:badge -->" not in readme:
@@ -46,10 +106,13 @@ def rewrite(readme: str, texts: dict[str, str]) -> str:
 
 
 def current() -> dict[str, str]:
-    """The blocks for the address in pyproject.toml and the notebooks as they are now."""
+    """What the places hold for the address and the notebooks as they are now."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    first = next(iter(sorted(ROOT.glob("notebooks/01-*.ipynb"))), ROOT / "notebooks")
-    return blocks(project["urls"]["Repository"], first.relative_to(ROOT).as_posix())
+    notebooks = sorted(ROOT.glob("notebooks/[0-9][0-9]-*.ipynb"))
+    first = next(iter(notebooks), ROOT / "notebooks").relative_to(ROOT).as_posix()
+    texts = blocks(project["urls"]["Repository"], first)
+    table = notebook_table(notebooks, ROOT / "notebooks" / "measured.csv")
+    return {**texts, "notebooks": f"\n{table}\n"}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The project's own promises: one set of versions, a Binder that builds, tidy notebooks."""
 
+import ast
+import csv
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -171,6 +174,35 @@ def test_readme_links_agree_with_pyproject():
     assert links.rewrite(readme, links.current()) == readme, "run `make links`"
 
 
+def test_the_table_of_notebooks_is_made_from_them(tmp_path):
+    links = script("make_links")
+    path = tmp_path / "04-thing.ipynb"
+    top = "# Do the thing\n\n**Who does\nwhat?** And why."
+    cells = [nbformat.v4.new_markdown_cell(top), nbformat.v4.new_code_cell("figures.save(f, 'x')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    assert links.title_and_question(path) == ("Do the thing", "Who does what?")
+    assert links.figures_of(path) == ["x"]
+
+    measured = tmp_path / "measured.csv"
+    measured.write_text("notebook,seconds,peak_mb\n04-thing,41.2,512\n")
+    row = links.notebook_table([path], measured).splitlines()[2]
+    cells = row.split(" | ")
+    assert cells[1:] == ["[4. Do the thing](notebooks/04-thing.ipynb)", "Who does what?", "50 s",
+                         "0.5 GB |"]  # fmt: skip
+    measured.write_text("notebook,seconds,peak_mb\n")
+    with pytest.raises(ValueError, match="no row for 04-thing: run `make run`"):
+        links.notebook_table([path], measured)
+
+
+def test_the_series_keeps_its_promise_of_time_and_memory():
+    runner = script("run_notebooks")
+    with runner.MEASURED.open(newline="") as file:
+        rows = {row["notebook"]: row for row in csv.DictReader(file)}
+    assert sorted(rows) == [path.stem for path in NOTEBOOKS], "run `make run`"
+    assert sum(float(row["seconds"]) for row in rows.values()) <= runner.PROMISED_SECONDS
+    assert max(float(row["peak_mb"]) for row in rows.values()) <= runner.PROMISED_MB
+
+
 def test_make_links_follows_the_address():
     links = script("make_links")
     readme = "<!-- links:badge -->old<!-- /links -->\n<!-- links:clone --><!-- /links -->"
@@ -188,28 +220,95 @@ def test_make_links_follows_the_address():
 
 def relative_links(markdown):
     """The targets of links and pictures that stay inside the repository."""
-    prose = re.sub(r"```.*?```|`[^`\n]*`", "", markdown, flags=re.DOTALL)
+    prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", markdown, flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\(<?([^)\s>]+)", prose) + re.findall(r"(?:src|href)=\"([^\"]+)", prose)
-    return [t for t in targets if not re.match(r"[a-z][a-z0-9+.-]*:|#|data:|attachment:", t)]
+    return [t for t in targets if not re.match(r"[a-z][a-z0-9+.-]*:", t)]
 
 
-def broken_links(markdown, folder):
-    """Those whose file is not there, or is not kept in git."""
+def markdown_of(path):
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = nbformat.read(path, 4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def anchors(path):
+    """What ``#name`` can point to: names set by hand, headings as GitHub or Jupyter has them."""
+    text = re.sub(r"^```.*?^```", "", markdown_of(path), flags=re.DOTALL | re.MULTILINE)
+    found = set(re.findall(r"<\w+ [^>]*\b(?:id|name)=\"([^\"]+)", text))
+    for heading in re.findall(r"^#+ +(.+?)\s*$", text, flags=re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
+        found.add(re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-"))
+        found.add(plain.replace(" ", "-"))
+    return found
+
+
+def broken_links(path):
+    """The links in a file whose file is not there or not kept in git, or whose heading is not."""
     kept = set(tracked())
-    kept |= {parent for path in kept for parent in path.parents}
-    places = [(link, (folder / unquote(link.split("#")[0])).resolve()) for link in
-              relative_links(markdown)]  # fmt: skip
-    return [link for link, place in places if place not in kept]
+    kept |= {parent for file in kept for parent in file.parents}
+    broken = []
+    for link in relative_links(markdown_of(path)):
+        name, _, fragment = link.partition("#")
+        target = (path.parent / unquote(name)).resolve() if name else path
+        if name and target not in kept:
+            broken.append(link)
+        elif fragment and target.suffix in (".md", ".ipynb"):
+            broken += [link] * (unquote(fragment) not in anchors(target))
+    return broken
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_links_lead_somewhere(name):
-    assert not broken_links((ROOT / name).read_text(), ROOT)
+def short(path):
+    return path.relative_to(ROOT).as_posix()
 
 
-def test_a_broken_link_is_found():
-    text = "[a](tests/test_project.py) [b](nowhere.md#x) [c](https://example.org) `[d](no.md)`"
-    assert broken_links(text, ROOT) == ["nowhere.md#x"]
+TEXTS = [path for path in tracked() if path.suffix == ".md"]
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *NOTEBOOKS], ids=short)
+def test_links_lead_somewhere(path):
+    assert not broken_links(path)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    here = tmp_path / "here.md"
+    place = ROOT.as_posix()
+    here.write_text(
+        f"# One *thing*, two\n<a id=\"by-hand\"></a>\n[a]({place}/tests/test_project.py)\n"
+        "[b](nowhere.md#x) [c](https://example.org) `[d](no.md)`\n"
+        f"[e](#one-thing-two) [f](#by-hand) [g](#three) [h]({place}/CONTRIBUTING.md#licences)\n"
+        f"[i]({place}/CONTRIBUTING.md#nothing) <img src=\"no.png\">"
+    )
+    assert broken_links(here) == ["nowhere.md#x", "#three", f"{place}/CONTRIBUTING.md#nothing",
+                                  "no.png"]  # fmt: skip
+
+
+def missing_alts(markdown):
+    """The pictures of a text that say nothing to a reader who does not see them."""
+    images = re.findall(r"!\[\]\([^)]+\)", markdown)
+    tags = re.findall(r"<img\b[^>]*>", markdown)
+    return images + [tag for tag in tags if not re.search(r"alt=[\"'][^\"']+", tag)]
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *NOTEBOOKS], ids=short)
+def test_pictures_have_alternative_text(path):
+    assert not missing_alts(markdown_of(path))
+
+
+def test_a_missing_alternative_text_is_found():
+    text = "![](a.png) ![b](b.png) <img src='c.png'> <img src='d.png' alt=''> <img alt='e'>"
+    assert missing_alts(text) == ["![](a.png)", "<img src='c.png'>", "<img src='d.png' alt=''>"]
+
+
+def test_readme_shows_an_api_that_works(tmp_path):
+    """The first block of Python in README.md, run in a process of its own."""
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)[1]
+    names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    assert {"runs", "scores", "curve", "terms"} <= names
+    program = tmp_path / "readme.py"
+    program.write_text(code + "\nassert 0.9 < curve.accuracy[0] <= 1\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-W", "error", program], env=environment, check=True)
 
 
 def test_readme_lists_every_notebook():
@@ -272,9 +371,36 @@ def test_notebook_is_tidy(path):
 
 
 @each_notebook
-def test_notebook_links_lead_somewhere(path):
-    prose = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
-    assert not broken_links("\n".join(prose), path.parent)
+def test_notebook_links_to_its_neighbours(path):
+    """At the end: "Previous: [...](file) · Next: [...](file)", without the ends of the series."""
+    place = NOTEBOOKS.index(path)
+    last = markdown_of(path).split("\n\n")[-1]
+    found = dict(re.findall(r"(Previous|Next):\s*\[[^]]+\]\(([^)]+)", last))
+    around = {"Previous": place - 1, "Next": place + 1}
+    expected = {word: NOTEBOOKS[i].name for word, i in around.items() if 0 <= i < len(NOTEBOOKS)}
+    assert found == expected
+
+
+@each_notebook
+def test_notebook_has_exercises_with_folded_solutions(path):
+    text = markdown_of(path)
+    solutions = script("with_solutions")
+    folded = solutions.FOLDED.findall(text)
+    assert len(folded) >= 2
+    for solution in folded:
+        assert "<summary>" in solution
+        assert solutions.FENCED.findall(solution), f"no Python in\n{solution}"
+        # GitHub renders markdown inside <details> only after an empty line.
+        assert re.match(r"<details>\s*<summary>.*?</summary>\n\n", solution, re.S), solution
+
+
+def test_figures_are_those_that_the_notebooks_save():
+    links = script("make_links")
+    saved = [name for path in NOTEBOOKS for name in links.figures_of(path)]
+    assert len(saved) == len(set(saved)), "two notebooks save a figure under one name"
+    kept = {path.relative_to(ROOT / "figures").as_posix() for path in tracked()
+            if (ROOT / "figures") in path.parents}  # fmt: skip
+    assert kept == {f"{name}.{ending}" for name in saved for ending in ("png", "csv")}
 
 
 # The check of the notebooks can fail

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _is_traced(tree: Any) -> bool:
+def is_traced(tree: Any) -> bool:
+    """Whether `tree` holds values that are not known yet, inside `jit`, `vmap` or `grad`."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
@@ -19,11 +20,12 @@ def finite(what: str, tree: Any) -> Any:
     FloatingPointError
         If not; the message says in which leaf, and how many. Traced values pass unseen.
     """
-    if _is_traced(tree):
+    if is_traced(tree):
         return tree
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if not bool(jnp.isfinite(leaf).all()):
-            bad = int((~jnp.isfinite(leaf)).sum())
+        good = np.isfinite(np.asarray(leaf))  # NumPy, to be out of any trace around
+        if not bool(good.all()):
+            bad = int((~good).sum())
             place = jax.tree_util.keystr(path) or "the array"
             raise FloatingPointError(
                 f"{what}: {bad} of {np.size(leaf)} numbers in {place} are NaN or infinite; "
@@ -42,47 +44,72 @@ def params(tree: Any, name: str = "params") -> None:
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)}: expected a floating-point array, "
-                f"got {dtype or type(leaf).__name__}"
+                f"got {dtype or type(leaf).__name__}; convert it with .astype(float32)"
             )
     finite(name, tree)
 
 
-def examples(value: Any, classes: int | None = None) -> None:
-    """Raise unless `value` holds n > 0 images (uint8 or float, finite) and n labels in range."""
+def labels(value: Any, classes: int | None = None, name: str = "labels") -> None:
+    """Raise unless `value` is an array of integers, each from 0 to ``classes - 1`` if given."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"{name}: expected an array of integers, got {dtype or type(value).__name__}; "
+            "for one-hot labels take the argmax"
+        )
+    if classes is None or is_traced(value) or value.size == 0:
+        return
+    value = np.asarray(value)
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{name}: found {low} to {high}, but there are {classes} classes (0 to {classes - 1}); "
+            "number the classes from 0, or make a network with a wider last layer"
+        )
+
+
+def examples(value: Any) -> None:
+    """Raise unless `value` holds n > 0 images (uint8 or float, finite) and n integer labels."""
     if not (hasattr(value, "images") and hasattr(value, "labels")):
         raise TypeError(
             f"examples: expected Examples(images, labels), got {type(value).__name__}; "
             "pass for instance load_mnist().train"
         )
-    images, labels = value.images, value.labels
-    for name, array in (("images", images), ("labels", labels)):
+    images, classes = value.images, value.labels
+    for name, array in (("images", images), ("labels", classes)):
         if not hasattr(array, "dtype"):
-            raise TypeError(f"examples.{name}: expected an array, got {type(array).__name__}")
-    if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
+            raise TypeError(
+                f"examples.{name}: expected an array, got {type(array).__name__}; "
+                "convert it with numpy.asarray"
+            )
+    if images.ndim < 2 or classes.ndim != 1 or len(images) != len(classes):
         raise ValueError(
             f"examples: expected images [n, ...] and labels [n], got {images.shape} and "
-            f"{labels.shape}"
+            f"{classes.shape}; cut both alike, and leave the first axis to the examples"
         )
-    if len(labels) == 0:
+    if len(classes) == 0:
         raise ValueError("examples: there are none; pass at least one image and its label")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"examples.labels: expected integers, got {labels.dtype}")
+    labels(classes, name="examples.labels")
     if images.dtype != np.uint8:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
-                f"examples.images: expected uint8 in 0 to 255 or floats, got {images.dtype}"
+                f"examples.images: expected uint8 (0 to 255) or floats (0 to 1), "
+                f"got {images.dtype}; convert them with .astype"
             )
         finite("examples.images", images)
-    if classes is not None and not _is_traced(labels):
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"examples.labels: found {low} to {high}, but the network has {classes} classes "
-                f"(0 to {classes - 1})"
-            )
 
 
-def network_inputs(network: Any, values: Any, data: Any, batch_size: int | None = None) -> None:
+def batch_size(value: Any) -> None:
+    """Raise unless `value` is None (a method's default) or an integer of at least 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= 1):
+        raise ValueError(
+            f"batch_size: expected an integer of at least 1, got {value!r}; "
+            "any will do, the last batch is padded"
+        )
+
+
+def network_inputs(network: Any, values: Any, data: Any, batch: int | None = None) -> None:
     """Raise unless network, params, examples and batch size fit together."""
     if not callable(getattr(network, "apply", None)):
         raise TypeError(
@@ -91,26 +118,26 @@ def network_inputs(network: Any, values: Any, data: Any, batch_size: int | None 
         )
     params(values)
     examples(data)
-    if batch_size is not None and not (
-        isinstance(batch_size, int | np.integer) and batch_size >= 1
-    ):
-        raise ValueError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
+    batch_size(batch)
     two = jax.ShapeDtypeStruct((2, *data.images.shape[1:]), data.images.dtype)
     try:
         logits = jax.eval_shape(network.apply, values, two)
     except Exception as error:
         raise ValueError(
             f"network, params, examples: the network cannot take images of shape "
-            f"{tuple(data.images.shape[1:])} with these params ({error})"
+            f"{tuple(data.images.shape[1:])} with these params ({error}); "
+            "use params that this network.init made, and images of the shape it was made for"
         ) from error
-    if logits.ndim != 2 or logits.shape[0] != 2:
+    if getattr(logits, "ndim", None) != 2 or logits.shape[0] != 2:
+        found = getattr(logits, "shape", type(logits).__name__)
         raise ValueError(
-            f"network: apply must return logits [n, classes], got {logits.shape} for two images"
+            f"network: apply must return logits [n, classes], got {found} for two images; "
+            "end it with one row for each image"
         )
-    examples(data, classes=logits.shape[1])
-    if not _is_traced((values, data.images)):
-        same = jnp.stack([jnp.asarray(data.images[0])] * 4)
-        rows = network.apply(values, same)
+    labels(data.labels, logits.shape[1], "examples.labels")
+    if not is_traced((values, data.images)):
+        rows = network.apply(values, jnp.stack([jnp.asarray(data.images[0])] * 4))
+        finite("network: the logits of the first image", rows)
         if not bool(jnp.allclose(rows, rows[:1], rtol=1e-3, atol=1e-3)):
             raise ValueError(
                 "network: apply gives four copies of one image different logits; "
@@ -123,7 +150,8 @@ def same_tree(name: str, tree: Any, reference_name: str, reference: Any) -> None
     one, two = jax.tree.structure(tree), jax.tree.structure(reference)
     if one != two:
         raise ValueError(
-            f"{name}: expected the structure of {reference_name}, {two}, got {one}"
+            f"{name}: expected the structure of {reference_name}, {two}, got {one}; "
+            "make it by jax.tree.map from the same params"
         )
     for (path, a), b in zip(
         jax.tree.leaves_with_path(tree), jax.tree.leaves(reference), strict=True
@@ -131,11 +159,11 @@ def same_tree(name: str, tree: Any, reference_name: str, reference: Any) -> None
         if np.shape(a) != np.shape(b):
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)}: expected shape {np.shape(b)} "
-                f"as in {reference_name}, got {np.shape(a)}"
+                f"as in {reference_name}, got {np.shape(a)}; make it from the same params"
             )
 
 
 def one_of(name: str, value: Any, known) -> None:
     """Raise unless `value` is one of the `known` ones; the message lists them."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: {value!r} is unknown; choose one of {sorted(known)}")

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prunelib import checks
+
 SHIPPED = Path(__file__).with_name("mnist")
 PUBLISHED = Path(__file__).with_name("published_2016.csv")
 
@@ -135,12 +137,14 @@ def scaled(images: jax.Array | np.ndarray) -> jax.Array:
     ------
     TypeError
         If `images` is neither uint8 nor floating-point.
+    FloatingPointError
+        If one is NaN or infinite (not seen inside `jit`).
     """
     dtype = getattr(images, "dtype", None)
     if dtype == jnp.uint8:
         return jnp.asarray(images).astype(jnp.float32) / 255
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-        return images
+        return checks.finite("images", images)
     raise TypeError(
         "images: expected a uint8 array (0 to 255) or a floating-point one (0 to 1), "
         f"got {type(images).__name__ if dtype is None else dtype}; convert it with .astype"

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from prunelib import checks
 from prunelib.data import Examples
 
 
@@ -15,7 +17,21 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Never ``log(softmax(z))``: where a probability underflows to 0, that is minus infinity, and
     times a label of 0 it is NaN.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not match, or (outside `jit`) a label is not a class.
+    FloatingPointError
+        If a logit is NaN or infinite (not seen inside `jit`).
     """
+    if np.ndim(logits) != 2 or np.shape(labels) != np.shape(logits)[:1]:
+        raise ValueError(
+            f"logits, labels: expected shapes [n, classes] and [n], got {np.shape(logits)} and "
+            f"{np.shape(labels)}; give one integer label for each row of logits"
+        )
+    checks.labels(labels, logits.shape[1])
+    checks.finite("logits", logits)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -27,7 +43,14 @@ def mean_over_batches(
     The weights are 1/n for each of the n examples, and 0 for the padding that fills the last
     batch; so a function that sums ``weights * (something per example)`` gets the exact mean over
     the data, whatever the batch size. To be called inside `jit`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the examples are not what `Examples` says, or `batch_size` is less than 1.
     """
+    checks.examples(examples)
+    checks.batch_size(batch_size)
     n = len(examples.labels)
     batches = -(-n // batch_size)
     size = -(-n // batches)  # equal batches: the least padding

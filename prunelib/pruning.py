@@ -27,6 +27,7 @@ SCOPES = ("all", "layer")
 
 def magnitude(params: Any) -> Any:
     """``|w_k|``, a pytree shaped like `params`."""
+    checks.params(params)
     return jax.tree.map(jnp.abs, params)
 
 
@@ -41,16 +42,23 @@ def obd_saliency(params: Any, diagonal: Any) -> Any:
     ValueError
         If the two pytrees differ in structure or shapes.
     FloatingPointError
-        If the diagonal has NaN or infinite entries.
+        If the diagonal has NaN or infinite entries, or is zero everywhere: a ranking of equal
+        scores is the order of the indices, and says nothing about the parameters.
     """
     checks.params(params)
+    checks.params(diagonal, "diagonal")
     checks.same_tree("diagonal", diagonal, "params", params)
-    checks.finite("diagonal", diagonal)
+    if not checks.is_traced(diagonal) and not any(jnp.any(h) for h in jax.tree.leaves(diagonal)):
+        raise FloatingPointError(
+            "diagonal: every entry is exactly zero, so that nothing would be ranked; "
+            "if the loss is below rounding, compute in float64, or rank by magnitude"
+        )
     return jax.tree.map(lambda w, h: 0.5 * h * w**2, params, diagonal)
 
 
 def random_scores(key: jax.Array, params: Any) -> Any:
     """Uniform random scores, the baseline that any criterion must beat; shaped like `params`."""
+    checks.params(params)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten(
@@ -60,6 +68,7 @@ def random_scores(key: jax.Array, params: Any) -> Any:
 
 def weights_only(params: Any) -> Any:
     """A pytree for `prunable`: False for every leaf named "bias", True for the others."""
+    checks.params(params)
     return jax.tree.map_with_path(lambda path, _: getattr(path[-1], "key", "") != "bias", params)
 
 
@@ -93,26 +102,29 @@ def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
     FloatingPointError
         If a score is NaN or infinite: it has no place in any order.
     """
-    leaves, structure, free = _ranked_leaves(scores, scope, prunable)
+    leaves, structure, free = _checked(scores, scope, prunable)
     if scope == "layer":
-        ranked = [_places(leaf.ravel()).reshape(leaf.shape) for leaf in leaves]
-    else:
-        chosen = [leaf.ravel() for leaf, f in zip(leaves, free, strict=True) if f]
-        order = _places(jnp.concatenate(chosen)) if chosen else jnp.zeros(0, jnp.int32)
-        ranked, start = [], 0
-        for leaf, is_free in zip(leaves, free, strict=True):
-            stop = start + leaf.size * is_free
-            ranked.append(order[start:stop].reshape(leaf.shape) if is_free else jnp.zeros_like(leaf, jnp.int32))
-            start = stop
+        return structure.unflatten([_places(leaf.ravel()).reshape(leaf.shape) for leaf in leaves])
+    chosen = [leaf.ravel() for leaf, f in zip(leaves, free, strict=True) if f]
+    order = _places(jnp.concatenate(chosen)) if chosen else None
+    ranked, start = [], 0
+    for leaf, is_free in zip(leaves, free, strict=True):
+        if is_free:
+            ranked.append(order[start : start + leaf.size].reshape(leaf.shape))
+            start += leaf.size
+        else:
+            ranked.append(jnp.zeros(leaf.shape, jnp.int32))
     return structure.unflatten(ranked)
 
 
 def _places(scores: jax.Array) -> jax.Array:
     order = jnp.argsort(scores, stable=True)
-    return jnp.zeros(scores.shape, jnp.int32).at[order].set(jnp.arange(scores.size, dtype=jnp.int32))
+    places = jnp.arange(scores.size, dtype=jnp.int32)
+    return jnp.zeros_like(places).at[order].set(places)
 
 
-def _ranked_leaves(scores, scope, prunable):
+def _checked(scores, scope, prunable):
+    """The leaves of `scores`, their structure, and for each leaf whether it may be pruned."""
     checks.one_of("scope", scope, SCOPES)
     leaves, structure = jax.tree.flatten(scores)
     if not leaves:
@@ -130,10 +142,10 @@ def _ranked_leaves(scores, scope, prunable):
     checks.finite("scores", scores)
     if prunable is None:
         return leaves, structure, [True] * len(leaves)
-    if jax.tree.structure(prunable) != structure:
+    if jax.tree.structure(prunable) != structure or any(map(np.ndim, jax.tree.leaves(prunable))):
         raise ValueError(
             f"prunable: expected one bool for each leaf of scores, {structure}, "
-            f"got {jax.tree.structure(prunable)}"
+            f"got {jax.tree.structure(prunable)}; make it as weights_only(params) does"
         )
     return leaves, structure, [bool(f) for f in jax.tree.leaves(prunable)]
 
@@ -147,23 +159,29 @@ def counts(scores: Any, percent: float, scope: str = "all", prunable: Any = None
     Raises
     ------
     ValueError
-        If `percent` is not within 0 to 100.
+        If `percent` is not within 0 to 100; and see `ranks`.
     """
-    exact = _exact(percent)
-    leaves, structure, free = _ranked_leaves(scores, scope, prunable)
+    return _counts(*_checked(scores, scope, prunable), scope, percent)
+
+
+def _counts(leaves, structure, free, scope, percent):
     sizes = [leaf.size * f for leaf, f in zip(leaves, free, strict=True)]
     if scope == "all":
         sizes = [sum(sizes) * f for f in free]
+    exact = _exact(percent)
     return structure.unflatten([math.floor(exact * n / 100) for n in sizes])
 
 
 def _exact(percent) -> Fraction:
     try:
-        exact = Fraction(str(percent))
+        # str: 0.1 is meant as a tenth, not as the double next to it.
+        exact = Fraction(str(percent)) if np.ndim(percent) == 0 else None
     except ValueError:
-        exact = Fraction(-1)
-    if not 0 <= exact <= 100:
-        raise ValueError(f"percent: expected a number from 0 to 100, got {percent!r}")
+        exact = None
+    if exact is None or isinstance(percent, str) or not 0 <= exact <= 100:
+        raise ValueError(
+            f"percent: expected a number from 0 to 100, got {percent!r}; it is the share to prune"
+        )
     return exact
 
 
@@ -189,8 +207,21 @@ def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) 
 
 
 def apply_mask(params: Any, kept: Any) -> Any:
-    """A copy of `params` with zeros where the mask is False."""
+    """A copy of `params` with zeros where the mask is False.
+
+    Raises
+    ------
+    ValueError
+        If the two pytrees differ in structure or shapes.
+    TypeError
+        If `kept` holds anything but booleans.
+    """
+    checks.params(params)
     checks.same_tree("kept", kept, "params", params)
+    for leaf in jax.tree.leaves(kept):
+        if getattr(leaf, "dtype", None) != np.dtype(bool):
+            found = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(f"kept: expected booleans, got {found}; make masks by pruning.mask")
     return jax.tree.map(lambda w, k: jnp.where(k, w, jnp.zeros_like(w)), params, kept)
 
 
@@ -223,6 +254,15 @@ def accuracy_curve(
     One compiled program serves every level, criterion, scope and set of weights. No retraining:
     each level starts from `params`.
 
+    Parameters
+    ----------
+    scores : pytree
+        Shaped like `params`; the lowest go first. See `ranks` for `scope` and `prunable`.
+    percents : iterable of numbers
+        The levels, each from 0 to 100, in any order.
+    batch_size : int
+        Examples in memory at a time; the result does not depend on it.
+
     Raises
     ------
     ValueError, TypeError, FloatingPointError
@@ -233,7 +273,8 @@ def accuracy_curve(
         raise ValueError("percents: there are none; pass for instance range(0, 100)")
     checks.network_inputs(network, params, examples, batch_size)
     checks.same_tree("scores", scores, "params", params)
-    limits = [counts(scores, percent, scope, prunable) for percent in percents]
+    checked = _checked(scores, scope, prunable)
+    limits = [_counts(*checked, scope, percent) for percent in percents]
     places = ranks(scores, scope, prunable)
     examples = jax.device_put(examples)
     found = [_pruned(network, batch_size, params, places, limit, examples) for limit in limits]
@@ -256,7 +297,14 @@ def _pruned(network, batch_size, params, places, limits, examples):
 
 
 def evaluate(network, params: Any, examples: Examples, batch_size: int = 2500):
-    """``(accuracy, mean loss)`` of a network over all `examples`, as two floats."""
+    """``(accuracy, mean loss)`` of a network over all `examples`: a fraction, and nats.
+
+    Raises
+    ------
+    ValueError, TypeError, FloatingPointError
+        See `checks.network_inputs`.
+    """
+    checks.params(params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     curve = accuracy_curve(network, params, zeros, examples, [0], batch_size=batch_size)
     return float(curve.accuracy[0]), float(curve.loss[0])

@@ -5,14 +5,16 @@ The runs of this series are shipped in ``prunelib/runs``; ``python -m prunelib.t
 them again from their seeds.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-import shutil
+import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from prunelib import checks
-from prunelib.data import Examples, cache_dir, load_mnist
+from prunelib.data import Examples, cache_dir, load_mnist, scaled
 from prunelib.models import Network, mlp
 from prunelib.passes import cross_entropy
 
@@ -102,7 +104,10 @@ class Runs:
     def select(self, index: int) -> Any:
         """The params of the run at place `index` (0 is the first seed)."""
         if not 0 <= index < len(self.seeds):
-            raise IndexError(f"index: expected 0 to {len(self.seeds) - 1}, got {index}")
+            raise IndexError(
+                f"index: expected 0 to {len(self.seeds) - 1}, got {index}; "
+                f"it is a place in seeds = {self.seeds}"
+            )
         return jax.tree.map(lambda leaf: leaf[index], self.params)
 
 
@@ -117,23 +122,30 @@ def train(
     """Train one network for each seed, or fetch the same runs if they were trained before.
 
     A run is fetched only if recipe, network, data and seeds all agree with it and its numbers have
-    the checksum that was kept with them; otherwise it is trained anew, with a warning.
+    the checksum that was kept with them; otherwise it is trained anew, with a warning if what was
+    kept is damaged.
 
     Parameters
     ----------
+    network : Network
+    recipe : Recipe
+    examples : Examples
+        NumPy or JAX arrays, wherever they are: what counts is their numbers. Training runs on
+        JAX's default device, with all images in its memory (as uint8 if they are).
+    seeds : sequence of int
+        One network each: for its start, the order of its examples, and dropout.
     fresh : bool
         Train in any case, and keep nothing.
 
     Raises
     ------
-    ValueError
-        If there are fewer examples than a batch holds, `seeds` is empty, or a recipe's numbers
-        make no sense; see also `checks.network_inputs`.
+    ValueError, TypeError
+        If there are fewer examples than a batch holds, `seeds` is empty or not of integers, or a
+        recipe's numbers make no sense; see also `checks.network_inputs`.
     FloatingPointError
         If the training diverged.
     """
-    seeds = tuple(int(seed) for seed in seeds)
-    _check(network, recipe, examples, seeds)
+    seeds = _checked(network, recipe, examples, seeds)
     if fresh:
         return _train(network, recipe, examples, seeds)
     key = run_key(network, recipe, examples, seeds)
@@ -147,18 +159,39 @@ def train(
     return runs
 
 
-def _check(network, recipe, examples, seeds):
-    checks.examples(examples)
+def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
+    """The seeds, if all arguments of `train` make sense."""
+    if not isinstance(network, Network):
+        raise TypeError(
+            f"network: expected a models.Network, got {type(network).__name__}; "
+            "training needs its init, its layers and its dropout"
+        )
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe: expected a Recipe, got {type(recipe).__name__}; pass for instance PLAIN"
+        )
     checks.network_inputs(network, network.init(jax.random.key(0)), examples)
-    if not seeds:
-        raise ValueError("seeds: there are none; pass for instance range(5)")
-    if recipe.steps < 1 or recipe.batch < 1 or not 0 < recipe.keep <= 1 or recipe.held_out < 0:
-        raise ValueError(f"recipe: steps, batch >= 1, 0 < keep <= 1, held_out >= 0; got {recipe}")
+    seeds = tuple(seeds)
+    whole = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in seeds)
+    if not seeds or not whole:
+        raise ValueError(f"seeds: expected at least one integer, got {seeds}; pass range(5)")
+    integers = (recipe.steps, 1), (recipe.batch, 1), (recipe.held_out, 0)
+    if not (
+        all(isinstance(number, int) and number >= least for number, least in integers)
+        and 0 < recipe.keep <= 1
+        and 0 < recipe.learning_rate < np.inf
+        and (recipe.std is None or 0 < recipe.std < np.inf)
+    ):
+        raise ValueError(
+            "recipe: expected integers steps >= 1, batch >= 1, held_out >= 0; 0 < keep <= 1; "
+            f"learning_rate > 0; std > 0 or None; got {recipe}; change it by dataclasses.replace"
+        )
     if len(examples.labels) - recipe.held_out < recipe.batch:
         raise ValueError(
             f"examples: {len(examples.labels)} less {recipe.held_out} held out do not fill a "
             f"batch of {recipe.batch}; pass more, or a recipe with a smaller batch"
         )
+    return tuple(int(seed) for seed in seeds)
 
 
 # The compiled run --------------------------------------------------------------------------------
@@ -166,15 +199,16 @@ def _check(network, recipe, examples, seeds):
 
 def _train(network, recipe, examples, seeds) -> Runs:
     used = len(examples.labels) - recipe.held_out
-    images, labels = jnp.asarray(examples.images[:used]), jnp.asarray(examples.labels[:used])
+    images = jnp.asarray(np.asarray(examples.images)[:used])
+    labels = jnp.asarray(np.asarray(examples.labels)[:used], jnp.int32)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     starts, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     start = jax.vmap(partial(_start, network, recipe))(starts)
-    global _bar
-    with tqdm(total=recipe.steps, desc=f"training {recipe.name}", unit="step", leave=False) as _bar:
-        params, loss, accuracy = _scan(network, recipe, start, images, labels, keys)
+    with _progress(recipe) as number:
+        params, loss, accuracy = _scan(network, recipe, start, images, labels, keys, number)
         jax.block_until_ready(params)
-    checks.finite(f"the parameters trained by {recipe.name!r}", params)
+    checks.finite(f"training by {recipe.name!r}: the loss", loss)
+    checks.finite(f"training by {recipe.name!r}: the parameters", params)
     points = np.arange(1, loss.shape[0] + 1) * _interval(recipe)
     history = {"step": points, "loss": np.array(loss.T), "accuracy": np.array(accuracy.T)}
     return Runs(recipe, seeds, params, history)
@@ -190,21 +224,37 @@ def _start(network, recipe, key):
     return structure.unflatten([normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
 
 
-_bar = None
+# Compiled code outlives the bar of one call; so it is told a number, and reports to that number.
+_bars: dict[int, tqdm] = {}
+_numbers = itertools.count()
 
 
-def _advance(steps):
-    if _bar is not None:
-        _bar.update(int(steps))
+@contextlib.contextmanager
+def _progress(recipe):
+    """A bar on the screen, and the number by which `_advance` finds it."""
+    number = next(_numbers)
+    with tqdm(total=recipe.steps, desc=f"training {recipe.name}", unit="step", leave=False) as bar:
+        _bars[number] = bar
+        try:
+            yield number
+            jax.effects_barrier()  # the last reports
+        finally:
+            del _bars[number]
+
+
+def _advance(number, steps):
+    if int(number) in _bars:
+        _bars[int(number)].update(int(steps))
 
 
 def _interval(recipe) -> int:
     """Steps between two points of the history: 50 points, or as many as divide the steps."""
-    return next(k for k in range(max(1, recipe.steps // 50), recipe.steps + 1) if recipe.steps % k == 0)
+    steps = recipe.steps
+    return next(k for k in range(max(1, steps // 50), steps + 1) if steps % k == 0)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _scan(network, recipe, start, images, labels, keys):
+def _scan(network, recipe, start, images, labels, keys, number):
     optimizer = recipe.optimizer()
     interval = _interval(recipe)
 
@@ -216,9 +266,9 @@ def _scan(network, recipe, start, images, labels, keys):
         )
         return shuffled.ravel()[: recipe.steps * recipe.batch].reshape(recipe.steps, recipe.batch)
 
-    def step(state, batch, number):
+    def step(state, batch, count):
         params, moments, key = state
-        dropout = jax.random.fold_in(key, number) if recipe.keep < 1 else None
+        dropout = jax.random.fold_in(key, count) if recipe.keep < 1 else None
 
         def objective(params):
             logits = network.apply(params, images[batch], keep=recipe.keep, key=dropout)
@@ -231,12 +281,11 @@ def _scan(network, recipe, start, images, labels, keys):
         return (optax.apply_updates(params, updates), moments, key), metrics
 
     def one_step(states, scanned):
-        batches, number = scanned
-        return jax.vmap(step, in_axes=(0, 0, None))(states, batches, number)
+        return jax.vmap(step, in_axes=(0, 0, None))(states, *scanned)
 
     def between_points(states, scanned):
         states, metrics = jax.lax.scan(one_step, states, scanned)
-        jax.debug.callback(_advance, interval)
+        jax.debug.callback(_advance, number, interval)
         return states, jax.tree.map(lambda m: m.mean(0), metrics)
 
     orders, noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
@@ -254,31 +303,58 @@ def _scan(network, recipe, start, images, labels, keys):
 
 
 def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequence[int]) -> dict:
-    """Everything that determines a run, as a JSON-able dict.
+    """Everything that determines a run, as a JSON-able dict; the same in every process.
 
     Versions of libraries are not in it: they change the last digits of a run, not what it is.
     """
     content = hashlib.sha256()
-    for array in examples:
-        content.update(np.ascontiguousarray(array))
-    start = network.init(jax.random.key(0))
+    for array in (examples.images, np.asarray(examples.labels).astype(np.int32)):
+        array = np.ascontiguousarray(array)
+        content.update(f"{array.dtype} {array.shape}".encode())
+        content.update(array)
+    params = network.init(jax.random.key(0))
+    x = jax.eval_shape(lambda images: scaled(images[:1]), examples.images)
+    layers = []
+    for layer in network.layers:
+        layers.append(_describe(layer, x))
+        x = jax.eval_shape(layer, params, x)
+    start = jax.tree.leaves_with_path(_start(network, recipe, jax.random.key(0)))
     return {
-        "format": 1,
+        "format": 2,
         "recipe": dataclasses.asdict(recipe),
-        "layers": [_describe(layer) for layer in network.layers],
-        # Two digits: what initializer it is, not in which last bits a processor differs.
-        "spread": [f"{float(jnp.std(leaf)):.1e}" for leaf in jax.tree.leaves(start)],
+        "layers": layers,
+        "start": {jax.tree_util.keystr(path): _sketch(leaf) for path, leaf in start},
         "data": content.hexdigest(),
-        "seeds": list(seeds),
+        "seeds": [int(seed) for seed in seeds],
     }
 
 
-def _describe(layer) -> str:
+def _sketch(leaf) -> str:
+    """What an array starts as: to two digits, since processors differ in the last ones."""
+    low, spread, high = (f"{float(f(leaf)):.1e}" for f in (jnp.min, jnp.std, jnp.max))
+    return f"{leaf.dtype} {leaf.shape} from {low} to {high}, spread {spread}"
+
+
+def _describe(layer, x) -> str:
     if not layer.name:
-        return getattr(layer.function, "__name__", repr(layer.function))
+        return _name(layer.function, x)
     settings = vars(layer.function(rngs=nnx.Rngs(0)))
     plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str | tuple)}
-    return f"{layer.name} = {layer.kind.__name__} {sorted(plain.items())}"
+    types = {k: v.__name__ for k, v in settings.items() if isinstance(v, type)}
+    return f"{layer.name} = {layer.kind.__name__} {sorted((plain | types).items())}"
+
+
+def _name(function: Callable, x) -> str:
+    """A library's function by its name; any other by what it and its gradient compute on `x`."""
+    name = getattr(function, "__name__", "<unnamed>")
+    library = (getattr(function, "__module__", None) or "").split(".")[0]
+    if library in ("jax", "flax", "prunelib") and "<" not in name:
+        return name
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(function, x)[1](function(x)))(x)
+    digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", str(jaxpr)).encode())
+    for constant in jaxpr.consts:
+        digest.update(np.ascontiguousarray(constant))
+    return f"{name} {digest.hexdigest()[:16]}"
 
 
 def _digest(value) -> str:
@@ -295,53 +371,73 @@ def _content(tree) -> str:
 
 
 def save(runs: Runs, folder: Path, key: dict) -> bool:
-    """Keep runs in `folder`, whole or not at all; False (and a warning) if it cannot be written."""
+    """Keep runs in `folder`, whole or not at all; False (and a warning) if it cannot be written.
+
+    What is there already stays if it is the same run (another process was faster).
+    """
     import orbax.checkpoint as ocp
 
     tree = {"params": jax.tree.map(np.asarray, runs.params), "history": runs.history}
+    record = {"key": key, "content": _content(tree)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
-            whole = Path(temporary) / "run"
+            whole = Path(temporary, "run")
             with ocp.PyTreeCheckpointer() as checkpointer:
                 checkpointer.save(whole.absolute() / "arrays", tree)
-            (whole / "arrays" / "commit_success.txt").unlink(missing_ok=True)
-            (whole / "run.json").write_text(
-                json.dumps({"key": key, "content": _content(tree)}, indent=1) + "\n"
-            )
-            if folder.exists():
-                shutil.rmtree(folder)
+            (whole / "arrays" / "commit_success.txt").unlink(missing_ok=True)  # names a folder
+            (whole / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+            if _read(whole)[1] != record:
+                raise OSError("what was written is not what is read back")
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder, Path(temporary, "old"))
             os.replace(whole, folder)
-    except OSError as error:
-        if folder.exists():
-            return True  # another process was faster, with the same run
-        warnings.warn(f"the run cannot be kept in {folder} ({error}); it will be trained again",
-                      stacklevel=3)
+    except Exception as error:  # a full disk is not always an OSError of Python's
+        with contextlib.suppress(Exception):
+            if _read(folder)[1] == record:
+                return True
+        warnings.warn(
+            f"the run cannot be kept in {folder} ({_first_line(error)}), so it will be trained "
+            "again; set PRUNELIB_CACHE to a folder that can be written",
+            stacklevel=3,
+        )
         return False
     return True
+
+
+def _read(folder: Path) -> tuple[dict, dict]:
+    """The arrays in `folder`, and their record; raises whatever is wrong."""
+    import orbax.checkpoint as ocp
+
+    record = json.loads((folder / "run.json").read_text())
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder.absolute() / "arrays")
+    if _content(tree) != record["content"]:
+        raise ValueError("its numbers do not have the checksum kept with them")
+    return tree, record
 
 
 def _load(folder: Path, key: dict, recipe: Recipe, seeds: tuple[int, ...]) -> Runs | None:
     if not folder.exists():
         return None
-    import orbax.checkpoint as ocp
-
     try:
-        record = json.loads((folder / "run.json").read_text())
-        if record["key"] != key:
-            return None
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore(folder.absolute() / "arrays")
-        if _content(tree) != record["content"]:
-            raise ValueError("its numbers do not have the checksum kept with them")
+        if json.loads((folder / "run.json").read_text())["key"] != key:
+            if folder.parent == SHIPPED:
+                return None  # the name of a recipe says not all; that of a kept run does
+            raise ValueError("it holds another run than its name says")
+        tree, _ = _read(folder)
     except Exception as error:
         warnings.warn(
-            f"the kept run in {folder} is damaged ({error}); training it again. "
+            f"the kept run in {folder} is damaged ({_first_line(error)}); training it again. "
             "Delete that folder to be rid of this warning",
             stacklevel=3,
         )
         return None
     return Runs(recipe, seeds, jax.tree.map(jnp.asarray, tree["params"]), tree["history"])
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 # The runs of the series --------------------------------------------------------------------------

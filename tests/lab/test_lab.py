@@ -118,10 +118,9 @@ def committed(number):
 
 
 def pictures_in(path):
-    """How many pictures the committed notebook stores."""
-    cells = json.loads(path.read_text())["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return sum(key.startswith("image/") for output in outputs for key in output.get("data", ()))
+    """How many cells of the notebook show a figure."""
+    sources = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
+    return sum(bool(re.search(r"^plt\.show\(\)", source, re.M)) for source in sources)
 
 
 def run_all(page, address, path):

@@ -6,7 +6,8 @@ What it does, in the order in which the data flow:
 - `prunelib.models`: the 2016 network and a LeNet-5, as pure functions of a params pytree.
 - `prunelib.training`: recipes, and whole runs, all seeds at once, in one compiled scan.
 - `prunelib.curvature`: Hessian-vector products, and the diagonal of the Hessian five ways.
-- `prunelib.pruning`: saliency, ranking, mask, accuracy curve; pruning with retraining.
+- `prunelib.pruning`: saliency, ranking, mask, accuracy curve.
+- `prunelib.retraining`: pruning with retraining, and masks that no optimizer undoes.
 - `prunelib.taylor`: the terms of the loss change along a pruning path.
 - `prunelib.figures`: every plot of the series, and saving it with its table.
 

@@ -1,0 +1,452 @@
+"""Pruning with retraining: the loop of the OBD paper, and masks that no optimizer undoes.
+
+The experiments of the series are shipped, as their curves, in ``prunelib/runs/retraining``;
+``python -m prunelib.retraining`` makes them again from their seeds.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm.auto import tqdm
+
+from prunelib import checks, curvature, pruning, training
+from prunelib.data import Examples, cache_dir, load_mnist
+from prunelib.models import mlp
+from prunelib.passes import cross_entropy
+
+SHIPPED = Path(__file__).parent / "runs" / "retraining"
+
+
+# A mask that stays a mask ------------------------------------------------------------------------
+
+
+def keep_pruned(kept: Any) -> optax.GradientTransformation:
+    """Hold pruned parameters at exactly zero, whatever the optimizer wants.
+
+    To be put *after* the optimizer: it replaces the update of each pruned parameter by ``-w``, so
+    that neither momentum nor weight decay, which act on zero gradients too, revives anything.
+
+    Parameters
+    ----------
+    kept : pytree of bool
+        Shaped like params; False = pruned.
+
+    Raises
+    ------
+    ValueError
+        At `update`, if it is given no params.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, optax
+    >>> optimizer = optax.chain(optax.adam(0.1), keep_pruned(jnp.array([True, False])))
+    >>> params = jnp.array([1.0, 0.0])
+    >>> updates, _ = optimizer.update(jnp.ones(2), optimizer.init(params), params)
+    >>> optax.apply_updates(params, updates).tolist()[1]
+    0.0
+    """
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("params: keep_pruned needs them; call update(gradient, state, params)")
+        masked = jax.tree.map(lambda k, u, w: jnp.where(k, u, -w), kept, updates, params)
+        return masked, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+# The loop ----------------------------------------------------------------------------------------
+
+
+def _magnitude(network, params, examples, key):
+    return pruning.magnitude(params)
+
+
+def _obd(network, params, examples, key):
+    return pruning.obd_saliency(params, curvature.hessian_diagonal(network, params, examples))
+
+
+def _random(network, params, examples, key):
+    return pruning.random_scores(key, params)
+
+
+CRITERIA = {"magnitude": _magnitude, "obd": _obd, "random": _random}
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What `prune_and_retrain` went through, round by round, for each seed.
+
+    Attributes
+    ----------
+    percents : array [rounds]
+        Percent pruned.
+    accuracy, loss : array [seeds, rounds]
+        On the test examples, after retraining: a fraction, and nats.
+    before : array [seeds, rounds]
+        The accuracy after pruning and before retraining.
+    kept : pytree of bool [rounds, seeds, ...]
+        The masks.
+    params : pytree [seeds, ...]
+        After the last round.
+    """
+
+    percents: np.ndarray
+    accuracy: np.ndarray
+    loss: np.ndarray
+    before: np.ndarray
+    kept: Any
+    params: Any
+
+
+def prune_and_retrain(
+    network,
+    params: Any,
+    train: Examples,
+    test: Examples,
+    percents: Sequence[float],
+    recipe: training.Recipe,
+    criterion: str = "obd",
+    scope: str = "all",
+    seeds: Sequence[int] = range(5),
+    scored_on: int | None = None,
+) -> Retrained:
+    """Prune, retrain under the mask, repeat: the procedure of the OBD paper (1990), section 2.
+
+    In each round the parameters are scored and ranked, the lowest go, and the rest is retrained
+    for ``recipe.steps`` steps with a fresh optimizer. What is pruned stays pruned. A round that
+    asks for no more than the round before only retrains, so ``[90] * 5`` is one-shot pruning with
+    the retraining budget of five rounds.
+
+    One compiled program prunes and another retrains, for all seeds together; every round, level
+    and set of weights of the same recipe uses the same two.
+
+    Parameters
+    ----------
+    params : pytree ``[seeds, ...]``
+        Trained networks, one for each seed, as in `training.Runs`.
+    percents : sequence of numbers
+        Percent pruned after each round, never falling.
+    recipe : Recipe
+        How a round retrains; its `std` is not used.
+    criterion : {"magnitude", "obd", "random"}
+    scope : {"all", "layer"}
+        See `pruning.ranks`.
+    seeds : sequence of int
+        For the order of the examples, dropout, and random scores.
+    scored_on : int, optional
+        How many training examples, the first ones, the Hessian's diagonal sees; by default all.
+
+    Raises
+    ------
+    ValueError
+        If `percents` falls or is empty, `criterion` or `scope` is unknown, or the leading axis of
+        `params` is not as long as `seeds`; see also `checks.network_inputs`.
+    FloatingPointError
+        If retraining diverged.
+    """
+    seeds = tuple(int(seed) for seed in seeds)
+    one = _check(network, params, train, percents, recipe, criterion, seeds)
+    data = jax.device_put(Examples(*train))
+    scored = jax.tree.map(lambda x: x[:scored_on], data)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    rounds, last = [], 0
+    for number, percent in enumerate(tqdm(percents, desc="prune, retrain", leave=False)):
+        if percent > last:
+            limits = jax.tree.map(jnp.int32, pruning.counts(one, percent, scope))
+            fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number))(keys)
+            kept, params = _prune(network, criterion, scope, params, kept, limits, scored, fresh)
+            last = percent
+        before = [_test(network, params, test, i)[0] for i in range(len(seeds))]
+        fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number + 1))(keys)
+        params = _retrain(network, recipe, params, kept, data, fresh)
+        checks.finite("the retrained parameters", params)
+        after = [_test(network, params, test, i) for i in range(len(seeds))]
+        accuracy, loss = zip(*after, strict=True)
+        rounds.append((accuracy, loss, before, jax.tree.map(np.asarray, kept)))
+    accuracy, loss, before, kept = zip(*rounds, strict=True)
+    kept = jax.tree.map(lambda *masks: np.stack(masks), *kept)
+    columns = (np.array(column).T for column in (accuracy, loss, before))
+    return Retrained(np.array(percents), *columns, kept, params)
+
+
+def _check(network, params, train, percents, recipe, criterion, seeds):
+    checks.one_of("criterion", criterion, CRITERIA)
+    checks.params(params)
+    if not len(percents) or list(percents) != sorted(percents):
+        raise ValueError(f"percents: expected some, and never falling, got {list(percents)}")
+    lengths = {len(leaf) for leaf in jax.tree.leaves(params)}
+    if lengths != {len(seeds)}:
+        raise ValueError(
+            f"params: expected a leading axis over the {len(seeds)} seeds, got lengths "
+            f"{sorted(lengths)}; pass runs.params and seeds=runs.seeds"
+        )
+    if len(train.labels) < recipe.batch:
+        raise ValueError(
+            f"train: {len(train.labels)} examples do not fill a batch of {recipe.batch}; pass more"
+        )
+    one = jax.tree.map(lambda leaf: leaf[0], params)
+    checks.network_inputs(network, one, train)
+    return one
+
+
+def _test(network, params, test, index):
+    one = jax.tree.map(lambda leaf: leaf[index], params)
+    return pruning.evaluate(network, one, test, batch_size=1000)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _prune(network, criterion, scope, params, kept, limits, examples, keys):
+    """New masks and pruned params, one seed after the other: a pass over the data fills memory."""
+
+    def of_one(params, kept, key):
+        scores = CRITERIA[criterion](network, params, examples, key)
+        scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
+        places = pruning.ranks(scores, scope)
+        kept = jax.tree.map(lambda place, limit: place >= limit, places, limits)
+        return kept, pruning.apply_mask(params, kept)
+
+    return jax.lax.map(lambda seed: of_one(*seed), (params, kept, keys))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _retrain(network, recipe, params, kept, examples, keys):
+    images, labels = examples
+    steps, batch = recipe.steps, recipe.batch
+
+    def of_one(params, kept, key):
+        optimizer = optax.chain(recipe.optimizer(), keep_pruned(kept))
+        shuffle, noise = jax.random.split(key)
+        epochs = jax.random.split(shuffle, -(-steps * batch // len(labels)))
+        order = jax.vmap(lambda k: jax.random.permutation(k, len(labels)))(epochs)
+        batches = order.ravel()[: steps * batch].reshape(steps, batch)
+
+        def objective(params, batch, number):
+            dropout = jax.random.fold_in(noise, number) if recipe.keep < 1 else None
+            logits = network.apply(params, images[batch], keep=recipe.keep, key=dropout)
+            return cross_entropy(logits, labels[batch]).mean()
+
+        def step(state, scanned):
+            params, moments = state
+            gradient = jax.grad(objective)(params, *scanned)
+            updates, moments = optimizer.update(gradient, moments, params)
+            return (optax.apply_updates(params, updates), moments), None
+
+        start = (params, optimizer.init(params))
+        return jax.lax.scan(step, start, (batches, jnp.arange(steps)))[0][0]
+
+    return jax.vmap(of_one)(params, kept, keys)
+
+
+# The experiments of the series -------------------------------------------------------------------
+
+KEPT = (40, 20, 12, 8, 5, 2, 1, 0.5)  # percent of the parameters, round by round
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment: which network and recipe to start from, and how to prune it.
+
+    Attributes
+    ----------
+    start : str
+        A key of STARTS.
+    criterion, scope : str
+        See `prune_and_retrain`.
+    one_shot : bool
+        Whether each level is reached at once from the trained network, with the retraining budget
+        that the loop through all of KEPT has used up when it arrives there; else level after level.
+    steps, learning_rate : int, float
+        Of the retraining in a round.
+    kept : tuple of numbers
+        The levels: percent kept.
+    scored_on : int or None
+        See `prune_and_retrain`.
+    first_seeds : int or None
+        How many of the start's seeds, the first ones, are used; None for all.
+    """
+
+    start: str
+    criterion: str
+    scope: str = "all"
+    one_shot: bool = False
+    steps: int = 600
+    learning_rate: float = 5e-3
+    kept: tuple[float, ...] = KEPT
+    scored_on: int | None = None
+    first_seeds: int | None = None
+
+    @property
+    def name(self) -> str:
+        how = "one_shot" if self.one_shot else "iterative"
+        return f"{self.start}-{self.criterion}-{self.scope}-{how}"
+
+    @property
+    def retraining(self) -> training.Recipe:
+        """A round's recipe: the batches and dropout of the start, the plan's steps and rate."""
+        start = STARTS[self.start][1]
+        name = f"retrain_{start.name}"
+        return training.Recipe(name, self.steps, start.batch, self.learning_rate, keep=start.keep)
+
+
+STARTS = {
+    "plain": (mlp, training.PLAIN, range(5)),
+    "dropout": (mlp, training.FAIR_DROPOUT, range(5)),
+}
+
+
+def plans() -> list[Plan]:
+    """Every experiment of notebook 08, at full scale."""
+    some = dict(one_shot=True, kept=(20, 8, 2))
+    found = [Plan("plain", "random")]
+    for criterion in ("magnitude", "obd"):
+        found += [Plan("plain", criterion, scope) for scope in pruning.SCOPES]
+        found += [Plan("plain", criterion, **some), Plan("dropout", criterion)]
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The curves of an experiment.
+
+    Attributes
+    ----------
+    kept : array [levels]
+        Percent of the parameters kept.
+    accuracy, loss, before : array [seeds, levels]
+        See `Retrained`.
+    left : dict of arrays [seeds, levels]
+        How many entries each array of the network has left, by its path, such as "dense1/kernel".
+    """
+
+    kept: np.ndarray
+    accuracy: np.ndarray
+    loss: np.ndarray
+    before: np.ndarray
+    left: dict[str, np.ndarray]
+
+
+def experiment(plan: Plan, mnist, *, fresh: bool = False) -> Outcome:
+    """The outcome of `plan` at full scale (minutes), or the same if it was run before.
+
+    It is fetched only if network, recipes, data, seeds and plan all agree with what was kept.
+
+    Parameters
+    ----------
+    fresh : bool
+        Run it in any case, and keep nothing.
+    """
+    key = _key(plan, mnist)
+    own = cache_dir() / "retraining" / f"{plan.name}.json"
+    for file in () if fresh else (SHIPPED / f"{plan.name}.json", own):
+        outcome = _load(file, key)
+        if outcome is not None:
+            return outcome
+    outcome = _run(plan, mnist)
+    if not fresh:
+        _save(outcome, own, key)
+    return outcome
+
+
+def _key(plan, mnist) -> dict:
+    build, recipe, seeds = STARTS[plan.start]
+    key = training.run_key(build(), recipe, mnist.train, seeds)
+    return key | {"plan": asdict(plan), "retraining": asdict(plan.retraining)}
+
+
+def _run(plan, mnist) -> Outcome:
+    build, recipe, seeds = STARTS[plan.start]
+    network = build()
+    runs = training.train(network, recipe, mnist.train, seeds)
+    params = jax.tree.map(lambda leaf: leaf[: plan.first_seeds], runs.params)
+
+    def through(percents):
+        return prune_and_retrain(
+            network, params, mnist.train, mnist.test, percents, plan.retraining, plan.criterion,
+            plan.scope, runs.seeds[: plan.first_seeds], plan.scored_on,
+        )  # fmt: skip
+
+    if plan.one_shot:  # after pruning look at the first round, after retraining at the last
+        parts = [through([100 - level] * (KEPT.index(level) + 1)) for level in plan.kept]
+        first, last = slice(0, 1), slice(-1, None)
+    else:
+        parts = [through([100 - level for level in plan.kept])]
+        first = last = slice(None)
+
+    def joined(field, rounds):
+        return np.concatenate([getattr(part, field)[:, rounds] for part in parts], axis=1)
+
+    left = {}
+    for path, _ in jax.tree.leaves_with_path(parts[0].kept):
+        masks = np.concatenate([_at(part.kept, path)[last] for part in parts])
+        left["/".join(entry.key for entry in path)] = masks.sum(tuple(range(2, masks.ndim))).T
+    return Outcome(
+        np.array(plan.kept, float),
+        joined("accuracy", last),
+        joined("loss", last),
+        joined("before", first),
+        left,
+    )
+
+
+def _at(tree, path):
+    for entry in path:
+        tree = tree[entry.key]
+    return tree
+
+
+def _save(outcome: Outcome, file: Path, key: dict) -> None:
+    plain = jax.tree.map(lambda x: np.round(x, 6).tolist(), asdict(outcome))
+    _write(file, {"key": key, "outcome": plain})
+
+
+def _write(file: Path, record: dict) -> None:
+    text = json.dumps(record) + "\n"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as folder:
+            whole = Path(folder, file.name)
+            whole.write_text(text)
+            os.replace(whole, file)
+    except OSError as error:
+        warnings.warn(f"the outcome cannot be kept in {file} ({error})", stacklevel=3)
+
+
+def _load(file: Path, key: dict) -> Outcome | None:
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        if record["key"] != json.loads(json.dumps(key)):
+            return None
+        found = record["outcome"]
+        left = {name: np.array(counts) for name, counts in found.pop("left").items()}
+        return Outcome(**{name: np.array(values) for name, values in found.items()}, left=left)
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{file} is damaged ({error}); running it again", stacklevel=3)
+        return None
+
+
+def main() -> None:
+    """Run every experiment from its seeds, and put the curves where they are shipped."""
+    mnist = load_mnist()
+    for plan in plans():
+        outcome = _run(plan, mnist)
+        _save(outcome, SHIPPED / f"{plan.name}.json", _key(plan, mnist))
+        print(f"{plan.name}: {np.round(100 * outcome.accuracy.mean(0), 2)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

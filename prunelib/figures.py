@@ -467,33 +467,52 @@ def kept_by_layer(kept: dict[str, dict[str, float]], xlabel: str):
 
 # Notebook 01 -------------------------------------------------------------------------------------
 
+PRUNING_STEPS = {"w1": COLOURS["magnitude"], "w2": COLOURS["obd"], "both": COLOURS["published"]}
+PRICE_TAGS = {  # alignment, and offset from the arrow's tip in points
+    "w1": ("right", "bottom", (4, 7)),
+    "w2": ("left", "top", (2, -4)),
+    "both": ("right", "top", (-2, -4)),
+}
+RISES = np.array([0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8])  # of the contours, in nats
+
+
+def _valley(ax, one, two, rise, w, prune, labels):
+    """Contours of the rise of a loss in a plane of two weights, and pruning steps with prices."""
+    greys = plt.cm.Greys(np.linspace(0, 0.55, len(RISES) + 1))
+    ax.contourf(one, two, rise, [0, *RISES, 9], colors=greys)
+    ax.contour(one, two, rise, RISES, colors="0.5", linewidths=0.8)
+    for name, delta in prune.items():
+        colour, end = PRUNING_STEPS[name], np.asarray(w + delta)
+        arrow = {"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", end, np.asarray(w), arrowprops=arrow)
+        ha, va, offset = PRICE_TAGS[name]
+        tag = ax.annotate(labels[name], end, offset, textcoords="offset points", ha=ha, va=va)
+        tag.set(color=colour, fontsize=10, fontweight="bold")
+        tag.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+    ax.plot(*np.asarray(w), "ko")
+    ax.set(xlabel="weight $w_1$")
+    ax.grid(False)
+
 
 def two_weights(loss, w, prune, hessian):
     """Contours of a loss of two weights and of its quadratic model, with the pruning steps."""
-    one, two = np.linspace(-0.35, 1.15, 61), np.linspace(-1.6, 5.2, 61)
+    one, two = np.linspace(-1.4, 2.1, 81), np.linspace(-0.9, 4.5, 57)
     grid = np.stack(np.meshgrid(one, two), axis=-1)
     step = grid - np.asarray(w)
-    true = np.asarray(jax.vmap(jax.vmap(loss))(grid.astype(np.float32)))
-    model = float(loss(w)) + 0.5 * np.einsum("abi,ij,abj->ab", step, np.asarray(hessian), step)
-    figure, axes = new(1, 2, (7.5, 4.0), sharey=True)
-    levels = float(loss(w)) + np.array([0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
-    colours = {"w1": COLOURS["magnitude"], "w2": COLOURS["obd"], "both": COLOURS["random"]}
-    for ax, values, title in zip(axes, (true, model), ("loss", "quadratic model"), strict=True):
-        ax.contour(one, two, values, levels, cmap="Greys_r", linewidths=1)
-        for name, delta in prune.items():
-            end = np.asarray(w + delta)
-            ax.annotate(
-                "", end, np.asarray(w), arrowprops={"arrowstyle": "->", "color": colours[name], "lw": 2}
-            )
-            ax.plot([], [], color=colours[name], label=f"prune {name}")
-        ax.plot(*np.asarray(w), "ko")
-        ax.set(title=title, xlabel="weight $w_1$")
-        ax.grid(False)
+    true = np.asarray(jax.vmap(jax.vmap(loss))(grid.astype(np.float32))) - float(loss(w))
+    model = 0.5 * np.einsum("abi,ij,abj->ab", step, np.asarray(hessian), step)
+    prices = {
+        "The loss": {k: f"+{float(loss(w + d) - loss(w)):.3f}" for k, d in prune.items()},
+        "Its quadratic model": {k: f"+{float(d @ hessian @ d / 2):.3f}" for k, d in prune.items()},
+    }
+    figure, axes = new(1, 2, (7.5, 5.6), sharey=True)
+    for ax, rise, title in zip(axes, (true, model), prices, strict=True):
+        _valley(ax, one, two, rise, w, prune, prices[title])
+        ax.set(title=title, aspect="equal")
     axes[0].set_ylabel("weight $w_2$")
-    axes[0].legend(loc="lower right", fontsize=9)
-    figure.suptitle("Steep along $w_1$, flat along $w_2$: the long arrow climbs least")
+    figure.suptitle("A short step across the valley costs more than a long one along it")
     table = {"w1": grid[..., 0].ravel(), "w2": grid[..., 1].ravel()}
-    return figure, table | {"loss": true.ravel(), "quadratic": model.ravel()}
+    return figure, table | {"rise": true.ravel(), "quadratic_rise": model.ravel()}
 
 
 def two_slices(loss, w, hessian):
@@ -501,20 +520,45 @@ def two_slices(loss, w, hessian):
     figure, axes = new(1, 2, (7.5, 3.8), sharey=True)
     table = {"weight": [], "value": [], "loss": [], "quadratic": []}
     for k, ax in enumerate(axes):
-        reach = abs(float(w[k])) * 1.3
-        values = np.linspace(float(w[k]) - reach, float(w[k]) + reach, 81)
+        at, bend = float(w[k]), float(hessian[k, k])
+        values = np.linspace(-0.3 * at, 2.3 * at, 81)
         true = np.asarray(jax.vmap(lambda value, k=k: loss(w.at[k].set(value)))(values))
-        model = float(loss(w)) + 0.5 * float(hessian[k, k]) * (values - float(w[k])) ** 2
-        ax.plot(values, true, color="black", label="loss")
-        ax.plot(values, model, "--", color=COLOURS["obd"], label="parabola at the minimum")
-        ax.axvline(0, color=COLOURS["random"], lw=1)
-        ax.plot(float(w[k]), float(loss(w)), "ko")
-        ax.set(xlabel=f"weight $w_{k + 1}$", title=f"$w_{k + 1}$: curvature {float(hessian[k, k]):.3f}")
+        model = float(loss(w)) + 0.5 * bend * (values - at) ** 2
+        _slice(ax, values, true, {"OBD's parabola": ("obd", model)}, at, float(loss(w)))
+        ax.set(xlabel=f"weight $w_{k + 1}$", title=f"$w_{k + 1}$: curvature {bend:.3f}")
         for name, column in zip(table, ([k + 1] * 81, values, true, model), strict=True):
             table[name] += list(column)
     axes[0].set_ylabel("loss (nats)")
     axes[1].legend(loc="upper center", fontsize=9)
+    figure.suptitle("The parabolas tell the dear weight from the cheap one, and are too low")
     return figure, table
+
+
+def _slice(ax, values, true, models, at, loss):
+    """A loss along one weight, models of it, and what each says at zero (the vertical line)."""
+    ax.plot(values, true, color="black", label="loss")
+    ax.axvline(0, color=COLOURS["random"], lw=1)
+    ax.plot(0, np.interp(0, values, true), "o", color="black", ms=5)
+    for label, (colour, model) in models.items():
+        ax.plot(values, model, "--", color=COLOURS[colour], label=label)
+        ax.plot(0, np.interp(0, values, model), "o", color=COLOURS[colour], ms=5)
+    ax.plot(at, loss, "ko", ms=9)
+
+
+def unfinished_slice(loss, w, gradient, hessian):
+    """The loss along the first weight where training stopped too soon, and two models of it."""
+    figure, ax = new(size=(7.5, 3.6))
+    values = np.linspace(-0.1, 1.0, 81)
+    true = np.asarray(jax.vmap(lambda value: loss(w.at[0].set(value)))(values))
+    step = values - float(w[0])
+    flat = float(loss(w)) + 0.5 * float(hessian[0, 0]) * step**2
+    tilted = flat + float(gradient[0]) * step
+    models = {"OBD's parabola: no slope": ("obd", flat), "with the slope": ("other", tilted)}
+    _slice(ax, values, true, models, float(w[0]), float(loss(w)))
+    ax.set(xlabel="weight $w_1$", ylabel="loss (nats)")
+    ax.set_title("Stopped too soon, the loss still slopes, and OBD misses over half the price")
+    ax.legend(fontsize=9)
+    return figure, {"w1": values, "loss": true, "obd_parabola": flat, "with_slope": tilted}
 
 
 def taylor_bars(cases, names):
@@ -533,6 +577,32 @@ def taylor_bars(cases, names):
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xticks(range(len(cases)), cases)
     ax.set(ylabel="change of the loss (nats)", title="What OBD keeps (orange), and what it drops")
+    ax.set_axisbelow(True)
     ax.legend(fontsize=9)
     table = {"case": [name.replace("$", "").replace("\n", " ") for name in cases]}
     return figure, table | {names[t]: [case[t] for case in cases.values()] for t in range(5)}
+
+
+def twins(loss, w, pairs):
+    """A loss in the plane of two of three weights, and what OBD and the loss say of each pair.
+
+    `pairs` has, for each name, the sum of the saliencies and the actual rise.
+    """
+    figure, (left, right) = new(1, 2, (7.5, 4.2))
+    one = two = np.linspace(-0.6, 1.6, 51)
+    grid = np.stack([*np.meshgrid(one, two), np.full((51, 51), float(w[2]))], axis=-1)
+    rise = np.asarray(jax.vmap(jax.vmap(loss))(grid.astype(np.float32))) - float(loss(w))
+    prune = {"w1": -w.at[1:].set(0), "w2": -w.at[np.array([0, 2])].set(0), "both": -w.at[2].set(0)}
+    prices = {name: f"+{float(loss(w + d) - loss(w)):.3f}" for name, d in prune.items()}
+    _valley(left, one, two, rise, w[:2], {k: d[:2] for k, d in prune.items()}, prices)
+    left.set(ylabel="weight $w_2$", aspect="equal", title="The valley of the twins")
+    place = np.arange(len(pairs))
+    sums, actual = np.array(list(pairs.values())).T
+    right.bar(place - 0.2, sums, 0.38, color=COLOURS["obd"], label="OBD: sum of saliencies")
+    right.bar(place + 0.2, actual, 0.38, color="black", label="actual")
+    right.set_xticks(place, pairs)
+    right.set(ylabel="rise of the loss (nats)", title="Which pair to prune?", ylim=(0, 0.19))
+    right.legend(fontsize=9, loc="upper right")
+    right.set_axisbelow(True)
+    names = [name.replace("$", "") for name in pairs]
+    return figure, {"pair": names, "sum_of_saliencies": sums, "actual_rise": actual}

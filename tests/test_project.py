@@ -372,10 +372,10 @@ def test_notebook_is_tidy(path):
 
 @each_notebook
 def test_notebook_links_to_its_neighbours(path):
-    """At the end: "Previous: [...](file) · Next: [...](file)", without the ends of the series."""
+    """Its last paragraph: "Previous: [...](file) · Next: [...](file)", as far as they exist."""
     place = NOTEBOOKS.index(path)
     last = markdown_of(path).split("\n\n")[-1]
-    found = dict(re.findall(r"(Previous|Next):\s*\[[^]]+\]\(([^)]+)", last))
+    found = dict(re.findall(r"(Previous|Next):[^]]+\]\(([^)]+)", last))
     around = {"Previous": place - 1, "Next": place + 1}
     expected = {word: NOTEBOOKS[i].name for word, i in around.items() if 0 <= i < len(NOTEBOOKS)}
     assert found == expected

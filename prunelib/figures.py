@@ -12,6 +12,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+from prunelib import checks
+
 FOLDER = Path(__file__).resolve().parents[1] / "figures"
 
 # Okabe and Ito's palette, safe for colour-blind readers. The same criterion has the same colour in
@@ -64,12 +66,29 @@ def save(figure, name: str, table: dict[str, list], note: str = "") -> None:
 
     Raises
     ------
+    TypeError
+        If `figure` is no Matplotlib figure.
     ValueError
-        If the columns of `table` differ in length.
+        If `name` is no plain name, `table` is empty or its columns differ in length.
+    FloatingPointError
+        If a number in `table` is NaN or infinite.
     """
+    if not hasattr(figure, "savefig"):
+        raise TypeError(
+            f"figure: expected a Matplotlib figure, got {type(figure).__name__}; "
+            "pass the first of what figures.new returns"
+        )
+    if not name or Path(name).name != name:
+        raise ValueError(f"name: expected a plain name such as 'result', got {name!r}")
     lengths = {column: len(values) for column, values in table.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"table: columns must have one length, got {lengths}")
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(
+            f"table: columns must have one length, more than 0, got {lengths}; "
+            "give one value of each column for each row"
+        )
+    for column, values in table.items():
+        numbers = np.array([v for v in values if isinstance(v, float | np.floating)])
+        checks.finite(f"table: column {column!r}", numbers)
     FOLDER.mkdir(exist_ok=True)
     with plt.rc_context(STYLE):
         figure.savefig(FOLDER / f"{name}.png", metadata={"Software": None})
@@ -127,8 +146,8 @@ def learning_curves(runs: dict):
                 for column, value in zip(table, (name, seed, *row), strict=True):
                     table[column].append(value)
     above.set(yscale="log", ylabel="training loss (nats)")
-    below.set(ylim=(0.8, 1.005), ylabel="training accuracy", xlabel="step (batches of 64)")
-    above.legend(ncols=2, loc="upper right", fontsize=10)
+    below.set(ylim=(0, 1.02), ylabel="training accuracy", xlabel="step (batches of 64)")
+    _legend_below(figure, above)
     return figure, table
 
 
@@ -147,6 +166,7 @@ CRITERIA = {**NAMES, "dropout": "OBD with dropout"}
 def remaining_axis(axes, upto: float) -> None:
     """What remains, in percent, falling to the right, from 100 to 100 - `upto`."""
     axes.set_xlim(100, 100 - upto)
+    axes.set_xticks(range(100, round(100 - upto) - 1, -5 if upto <= 20 else -10))
     axes.set_xlabel("weights and biases remaining (%)")
 
 
@@ -186,7 +206,7 @@ def _legend_below(figure, axes, published: bool = False):
     if published:
         handles.append(plt.Line2D([], [], color="0.3", linewidth=0.9, marker=".", markersize=3))
         labels.append("thin: published in 2016")
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9.5, frameon=False)
 
 
 def result(curves: dict, published: dict, upto: float = 20):
@@ -200,15 +220,16 @@ def result(curves: dict, published: dict, upto: float = 20):
     return figure, table
 
 
-def to_the_end(curves: dict, losses: dict):
-    """Test accuracy and training loss as far as 99 % pruned; returns a figure and two tables."""
-    figure, (above, below) = new(2, 1, (7.5, 8))
-    accuracy = pruning_curves(above, curves, "accuracy", 99)
-    above.set(ylim=(0, 1), ylabel="test accuracy", xlabel="")
-    loss = pruning_curves(below, losses, "loss", 99)
-    below.set(yscale="log", ylim=(1e-3, 30), ylabel="training loss (nats)")
-    _legend_below(figure, above)
-    return figure, accuracy, loss
+def to_the_end(curves: dict, field: str, title: str):
+    """Test accuracy or training loss (`field`) as far as 99 % pruned; a figure and its table."""
+    figure, ax = new(size=(7.5, 5.2))
+    table = pruning_curves(ax, curves, field, 99)
+    if field == "loss":
+        ax.set(yscale="log", ylabel="training loss (nats)", title=title)
+    else:
+        ax.set(ylim=(0, 1), ylabel="test accuracy", title=title)
+    _legend_below(figure, ax)
+    return figure, table
 
 
 def closer_look(accuracy, confusion, survivors, images, captions):
@@ -223,8 +244,8 @@ def closer_look(accuracy, confusion, survivors, images, captions):
         How many of the weights that leave each pixel are kept.
     images, captions : array [k, 28, 28] and list of k strings
     """
-    figure = plt.figure(figsize=(7.5, 4.6), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=[4, 4, 1.5])
+    figure = plt.figure(figsize=(7.5, 3.7), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[3, 3, 1.2])
     figure.suptitle(f"test accuracy {accuracy:.3f}")
     ax = left.add_subplot(title="answers by label")
     ax.imshow(np.log1p(confusion), cmap="Blues")
@@ -232,12 +253,63 @@ def closer_look(accuracy, confusion, survivors, images, captions):
     ax = middle.add_subplot(title="weights left at each pixel")
     shown = ax.imshow(survivors, vmin=0, vmax=50)
     ax.set(xticks=[], yticks=[])
-    middle.colorbar(shown, ax=ax, orientation="horizontal", label="of 50")
+    middle.colorbar(shown, ax=ax, orientation="horizontal", label="of 50", shrink=0.8)
     for ax, image, caption in zip(right.subplots(2, 1), images, captions, strict=False):
         ax.imshow(image, cmap="gray_r")
         ax.set_title(caption, fontsize=9)
         ax.axis("off")
     return figure
+
+
+# Notebook 05 -------------------------------------------------------------------------------------
+
+
+def result2(curves: dict, published: dict, upto: float = 99):
+    """The study's second figure: all-layer OBD on each recipe's networks, to heavy pruning.
+
+    `curves` is ``{recipe: Curve}`` with arrays ``[seeds, levels]``; returns a figure and its table.
+    """
+    figure, ax = new(size=(7.5, 5.6))
+    table = {"recipe": [], "percent_remaining": [], "seed": [], "accuracy": []}
+
+    def add(name, percents, values, seed):
+        for percent, value in zip(percents, values, strict=True):
+            for column, entry in zip(table, (name, 100 - percent, seed, value), strict=True):
+                table[column].append(entry)
+
+    for name, curve in curves.items():
+        label, colour, line = RECIPES[name]
+        band(ax, 100 - curve.percents[0], curve.accuracy, label, colour, line)
+        for seed, values in enumerate(curve.accuracy):
+            add(name, curve.percents[0], values, seed)
+    for name, like in (("obd_all_layers", "plain"), ("obd_all_layers_dropout", "fair_dropout")):
+        percents, values = published[name]
+        colour = RECIPES[like][1]
+        ax.plot(100 - percents, values, color=colour, linewidth=0.9, marker=".", markersize=4)
+        add(f"published: {name}", percents, values, "published 2016")
+    remaining_axis(ax, upto)
+    ax.set(ylim=(0, 1), ylabel="test accuracy")
+    _legend_below(figure, ax, published=True)
+    return figure, table
+
+
+def paired_difference(differences: dict, percents, title: str = ""):
+    """Differences of test accuracy, seed by seed, ``{name: (array [seeds, levels], colour)}``."""
+    figure, ax = new(size=(7.5, 4.4))
+    table = {"comparison": [], "percent_remaining": [], "seed": [], "difference": []}
+    left = 100 - np.asarray(percents)
+    for name, (runs, colour) in differences.items():
+        band(ax, left, runs, name, colour)
+        ax.plot(left, np.transpose(runs), color=colour, linewidth=0.6, alpha=0.6)
+        for seed, values in enumerate(runs):
+            for row in zip(left, values, strict=True):
+                for column, entry in zip(table, (name, row[0], seed, row[1]), strict=True):
+                    table[column].append(entry)
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    remaining_axis(ax, 100 - left.min())
+    ax.set(ylabel="accuracy with dropout\nminus accuracy without", title=title)
+    _legend_below(figure, ax)
+    return figure, table
 
 
 # Notebook 06 -------------------------------------------------------------------------------------
@@ -606,3 +678,171 @@ def twins(loss, w, pairs):
     right.set_axisbelow(True)
     names = [name.replace("$", "") for name in pairs]
     return figure, {"pair": names, "sum_of_saliencies": sums, "actual_rise": actual}
+
+
+# Notebook 07 -------------------------------------------------------------------------------------
+
+TERMS = {
+    "first": ("first order", COLOURS["other"]),
+    "diagonal": ("diagonal (kept by OBD)", COLOURS["obd"]),
+    "cross": ("cross terms", COLOURS["magnitude"]),
+    "higher": ("higher orders", COLOURS["light"]),
+}
+
+
+def term_shares(panels: dict, title: str = "", size=(7.5, 4.4), floor: float = 0.0):
+    """What each loss change is made of: stacked bars of its terms over the sum of their sizes.
+
+    Parameters
+    ----------
+    panels : dict
+        Panel title -> {label under the bar: LossChange of floats}.
+    floor : float
+        Changes smaller than this are drawn as an empty place.
+    """
+    figure, axes = new(1, len(panels), size, sharey=True, squeeze=False)
+    table = {name: [] for name in ("panel", "case", *TERMS, "actual")}
+    for ax, (panel, cases) in zip(axes[0], panels.items(), strict=True):
+        for place, (case, change) in enumerate(cases.items()):
+            values = np.array([getattr(change, term) for term in TERMS])
+            row = (panel, case, *map(float, values), float(change.actual))
+            for column, value in zip(table.values(), row, strict=True):
+                column.append(str(value).replace("\n", " ") if isinstance(value, str) else value)
+            if abs(change.actual) < floor:
+                continue
+            shares, edges = values / np.abs(values).sum(), [0.0, 0.0]
+            for share, (_, colour) in zip(shares, TERMS.values(), strict=True):
+                ax.bar(place, share, 0.85, edges[int(share < 0)], color=colour)
+                edges[int(share < 0)] += share
+        ax.set_xticks(range(len(cases)), cases)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_title(panel)
+        ax.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel("share of the four terms")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in TERMS.values()]
+    labels = [name for name, _ in TERMS.values()]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5)
+    figure.suptitle(title)
+    return figure, axes[0], table
+
+
+def predicted_actual(changes: dict, levels, title: str = ""):
+    """Predicted against actual rise of the loss, log-log; a thin line a seed, a dot a level."""
+    figure, ax = new(size=(7.5, 5.4))
+    line = np.array([1e-6, 10])
+    ax.fill_between(line, line / 2, line * 2, color="0.88", lw=0, label="right to a factor of 2")
+    ax.plot(line, line, color="0.5", lw=1)
+    table = {name: [] for name in ("criterion", "seed", "percent", "predicted", "actual")}
+    for criterion, change in changes.items():
+        colour = COLOURS[criterion]
+        for seed, pair in enumerate(zip(change.diagonal, change.actual, strict=True)):
+            label = None if seed else NAMES[criterion]
+            ax.plot(*pair, "o-", color=colour, ms=3, lw=0.8, label=label)
+            for row in zip(levels, *pair, strict=True):
+                for column, value in zip(table.values(), (criterion, seed, *row), strict=True):
+                    column.append(value)
+        for percent in (10, 30, 50, 70, 90):
+            place = list(levels).index(percent)
+            x, y = change.diagonal[0][place], change.actual[0][place]
+            if x > 1e-6 and y > 1e-5:
+                ax.annotate(f"{percent} %", (x, y), (-4, 5), textcoords="offset points", ha="right",
+                            color=colour, fontsize=9)  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlim=(1e-6, 3), ylim=(1e-5, 5), title=title)
+    ax.set(xlabel="predicted rise of the loss, ½ Σ h δ² (nats)", ylabel="actual rise (nats)")
+    ax.legend(loc="lower right")
+    return figure, table
+
+
+def cross_ratios(panels: dict, levels, title: str = ""):
+    """Cross terms over diagonal along the path: panel title -> {recipe's name: [seeds, levels]}."""
+    figure, axes = new(1, len(panels), (7.5, 4.6), sharey=True)
+    table = {name: [] for name in ("criterion", "recipe", "seed", "percent", "cross_over_diagonal")}
+    for ax, (panel, ratios) in zip(axes, panels.items(), strict=True):
+        for recipe, values in ratios.items():
+            band(ax, levels, values, *RECIPES[recipe])
+            for seed, row in enumerate(values):
+                for percent, value in zip(levels, row, strict=True):
+                    entry = (panel, recipe, seed, percent, value)
+                    for column, part in zip(table.values(), entry, strict=True):
+                        column.append(part)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_yscale("symlog", linthresh=1)
+        ax.set(title=panel, xlabel="percent pruned", yticks=[-1, 0, 1, 3, 10, 30, 100],
+               yticklabels=["-1", "0", "1", "3", "10", "30", "100"])  # fmt: skip
+    axes[0].set_ylabel("cross terms / diagonal")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5)
+    figure.suptitle(title)
+    return figure, table
+
+
+def stale_recomputed(percents, curves: dict, title: str = ""):
+    """Test accuracy ``[seeds, levels]`` of each way of ranking, against percent pruned."""
+    figure, ax = new()
+    styles = {"stale": (COLOURS["obd"], "--"), "recomputed": (COLOURS["obd"], "-")}
+    for name, runs in curves.items():
+        colour, line = styles.get(name, (COLOURS.get(name, "black"), ":"))
+        band(ax, percents, runs, name, colour, line)
+    ax.set(ylim=(0, 1), xlabel="percent pruned", ylabel="test accuracy", title=title)
+    ax.legend()
+    columns = {f"{n}_seed_{s}": run for n, runs in curves.items() for s, run in enumerate(runs)}
+    return figure, {"percent_pruned": list(percents)} | columns
+
+
+def hessian_picture(scaled_hessian, edges, names, title: str = ""):
+    """A whole Hessian as an image, scaled to ``h_jk / √(h_jj h_kk)``; lines where layers meet."""
+    figure, ax = new(size=(7, 6.2))
+    limit = float(np.abs(scaled_hessian).max())
+    norm = plt.matplotlib.colors.SymLogNorm(0.03, vmin=-limit, vmax=limit)
+    image = ax.imshow(scaled_hessian, cmap="RdBu_r", norm=norm, interpolation="nearest")
+    middles = (np.array([0, *edges[:-1]]) + np.array(edges)) / 2
+    for edge in edges[:-1]:
+        ax.axhline(edge - 0.5, color="black", lw=0.8)
+        ax.axvline(edge - 0.5, color="black", lw=0.8)
+    ax.set_xticks(middles, names)
+    ax.set_yticks(middles, names, rotation=90, va="center")
+    ax.grid(False)
+    ax.set_title(title)
+    ticks = [-1, -0.1, 0, 0.1, 1]
+    figure.colorbar(image, label="$h_{jk} / \\sqrt{h_{jj} h_{kk}}$", ticks=ticks, format="%g")
+    strength = np.abs(scaled_hessian)
+    starts = [0, *edges[:-1]]
+    blocks = [(a, b) for a in range(len(edges)) for b in range(len(edges))]
+    mean = [float(strength[starts[a] : edges[a], starts[b] : edges[b]].mean()) for a, b in blocks]
+    return figure, {
+        "row": [names[a] for a, _ in blocks],
+        "column": [names[b] for _, b in blocks],
+        "mean_size": mean,
+    }
+
+
+def layer_blocks(panels: dict, names, title: str = ""):
+    """Shares of the second-order term by pairs of layers: panel title -> matrix."""
+    figure, axes = new(2, -(-len(panels) // 2), (7.5, 7.6))
+    table = {name: [] for name in ("panel", "row", "column", "share")}
+    for ax, (panel, matrix) in zip(np.ravel(axes), panels.items(), strict=True):
+        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-0.6, vmax=0.6)
+        for (a, b), value in np.ndenumerate(matrix):
+            colour = "white" if abs(value) > 0.4 else "black"
+            ax.text(b, a, f"{100 * value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+            entry = (panel, names[a], names[b], value)
+            for column, part in zip(table.values(), entry, strict=True):
+                column.append(part)
+        ax.set(title=panel, xticks=range(len(names)), yticks=range(len(names)))
+        ax.set_xticklabels(names)
+        ax.set_yticklabels(names)
+        ax.grid(False)
+    figure.colorbar(image, ax=axes, label="share of the diagonal term", shrink=0.5)
+    figure.suptitle(title)
+    return figure, table
+
+
+def rank_scatter(places, rho, title: str = ""):
+    """Ranks by magnitude against ranks by OBD (percentiles, two arrays), as a density."""
+    figure, ax = new(size=(7, 5.2))
+    counts, *_ = np.histogram2d(*places, bins=50, range=[[0, 100]] * 2)
+    image = ax.imshow(np.log10(counts.T + 1), origin="lower", extent=(0, 100, 0, 100))
+    ax.set(xlabel="rank by magnitude (percentile)", ylabel="rank by OBD (percentile)", title=title)
+    ax.grid(False)
+    figure.colorbar(image, label="log$_{10}$(weights + 1)")
+    return figure, {"layer": list(rho), "spearman": [float(value) for value in rho.values()]}

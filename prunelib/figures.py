@@ -5,6 +5,7 @@ Every figure is saved beside the CSV it was drawn from: ``figures/result.png`` a
 """
 
 import csv
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def save(figure, name: str, table: dict[str, list], note: str = "") -> None:
             f"figure: expected a Matplotlib figure, got {type(figure).__name__}; "
             "pass the first of what figures.new returns"
         )
-    if not name or Path(name).name != name:
+    if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"name: expected a plain name such as 'result', got {name!r}")
     lengths = {column: len(values) for column, values in table.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():

@@ -8,6 +8,7 @@ Seconds and peak memory go to notebooks/measured.csv, from which README.md's tab
 
 import argparse
 import csv
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,13 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
             output.get("data", {}).pop(WIDGET, None)  # its id means nothing without a kernel
 
 
+def store(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook whole or, if killed in the middle, not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    nbformat.write(notebook, unfinished)
+    os.replace(unfinished, path)
+
+
 def execute(path: Path, label: str = "") -> tuple[float, float]:
     """Run one notebook in a fresh kernel and store it; returns seconds and peak memory in MB."""
     notebook = nbformat.read(path, as_version=4)
@@ -66,7 +74,7 @@ def execute(path: Path, label: str = "") -> tuple[float, float]:
     seconds = time.perf_counter() - start
     peak = int(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])
     tidy(notebook)
-    nbformat.write(notebook, path)
+    store(notebook, path)
     return seconds, peak * PEAK_UNIT / 1e6
 
 
@@ -96,7 +104,7 @@ def main() -> int:
         for path in paths:
             notebook = nbformat.read(path, as_version=4)
             tidy(notebook)
-            nbformat.write(notebook, path)
+            store(notebook, path)
         return 0
 
     width = max(len(path.stem) for path in paths)

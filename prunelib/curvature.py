@@ -15,7 +15,7 @@ References
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,15 @@ def hvp(function: Callable, params: Any, vector: Any) -> Any:
     """The Hessian of a scalar `function` at `params`, times `vector`: forward over reverse [2]_.
 
     Costs about as much as two gradients. `params`, `vector` and the result are alike in shape.
+
+    Raises
+    ------
+    ValueError, TypeError, FloatingPointError
+        If params or vector are no finite floating-point arrays, or not alike in shape.
     """
+    checks.params(params)
+    checks.params(vector, "vector")
+    checks.same_tree("vector", vector, "params", params)
     return jax.jvp(jax.grad(function), (params,), (vector,))[1]
 
 
@@ -87,14 +95,25 @@ def hessian_diagonal(
         If parameters, images or the result contain NaN or infinity.
     """
     checks.one_of("method", method, METHODS)
-    checks.network_inputs(network, params, examples, batch_size)
-    estimate = METHODS[method](network, params, examples, loss, batch_size, **options)
-    return checks.finite("the Hessian diagonal", estimate)
+    return METHODS[method](network, params, examples, loss, batch_size, **options)
+
+
+def _guarded(method):
+    """The method, refusing bad arguments (see `checks`) and a result that is not finite."""
+
+    @wraps(method)
+    def guarded(network, params, examples, loss=cross_entropy, batch_size=None, **options):
+        checks.network_inputs(network, params, examples, batch_size)
+        estimate = method(network, params, examples, loss, batch_size, **options)
+        return checks.finite("the Hessian diagonal", estimate)
+
+    return guarded
 
 
 # 1. One-hot: the definition --------------------------------------------------------------------
 
 
+@_guarded
 def one_hot(network, params, examples, loss, batch_size=None, *, chunk: int = 64):
     """``h_kk = e_kᵀ H e_k``: one HVP for each parameter. The reference for all other methods.
 
@@ -107,7 +126,7 @@ def one_hot(network, params, examples, loss, batch_size=None, *, chunk: int = 64
             f"one_hot needs {count:,} Hessian-vector products over {len(examples.labels):,} "
             f"examples, very roughly {6 * work / 3e10 / 3600:.1f} hours on two cores; "
             'method="neuron" or "gauss_newton" gives the same diagonal in seconds',
-            stacklevel=3,
+            stacklevel=4,
         )
     return _one_hot(network, loss, batch_size or 1000, chunk, params, examples)
 
@@ -131,6 +150,7 @@ def _one_hot(network, loss, batch_size, chunk, params, examples):
 # 2. Neuron: exact second derivatives in pre-activation space -------------------------------------
 
 
+@_guarded
 def neuron(network, params, examples, loss, batch_size=None):
     """Exact for any chain of dense layers, at one second derivative for each *neuron*.
 
@@ -161,15 +181,13 @@ def neuron(network, params, examples, loss, batch_size=None):
 def _neuron(network, loss, batch_size, params, examples):
     def batch(images, labels, weights):
         inputs, outputs, segments = _walk(network, params, images)
-        *hidden, last = segments  # the last segment leads from the last layer to the logits
-
-        def loss_of_one(z, label):
-            return loss(segments[last](z[None]), label[None])[0]
-
-        gradient = jax.vmap(jax.grad(loss_of_one))(outputs[last], labels)
-        hessian = jax.vmap(jax.hessian(loss_of_one))(outputs[last], labels)
-        second = {last: _diagonal(hessian)}
-        for name in reversed(hidden):
+        last = list(segments)[-1]  # the last segment leads from the last layer to the logits
+        logits = segments[last](outputs[last])
+        gradient = jax.vjp(lambda z: loss(z, labels), logits)[1](jnp.ones_like(weights))[0]
+        signs, vectors = loss_factor(loss, logits, labels)
+        hessian = jnp.einsum("nc,nci,ncj->nij", signs, vectors, vectors)
+        second = {}
+        for name in reversed(inputs):
             hessian = _pull_back_hessian(segments[name], outputs[name], gradient, hessian)
             gradient = jax.vjp(segments[name], outputs[name])[1](gradient)[0]
             second[name] = _diagonal(hessian)
@@ -198,6 +216,7 @@ def _diagonal(matrices):
 # 3. Gauss-Newton: squared back-propagated signals ------------------------------------------------
 
 
+@_guarded
 def gauss_newton(network, params, examples, loss, batch_size=None):
     """The diagonal of the (generalised) Gauss-Newton matrix ``Σ_n J_nᵀ ∇²_z E_n J_n`` [3]_.
 
@@ -312,6 +331,7 @@ def _gauss_newton_general(network, loss, batch_size, params, examples):
 # 4. The recursion of 1990 ------------------------------------------------------------------------
 
 
+@_guarded
 def lecun1990(network, params, examples, loss, batch_size=None):
     """The recursion of the OBD paper [1]_: back-propagate only the diagonal.
 
@@ -397,6 +417,7 @@ def hutchinson(network, params, examples, loss, batch_size=None, *, probes=64, k
     ).mean
 
 
+@_guarded
 def hutchinson_estimate(
     network, params, examples, loss=cross_entropy, batch_size=None, *, probes=64, key=None
 ) -> Estimate:

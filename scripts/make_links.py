@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
 # The figure that stands for a notebook, where it is not the first one that the notebook saves.
-THUMBNAILS = {"04": "pruning_to_99", "06": "detective_index_order"}
+THUMBNAILS = {"03": "saliency_pixels", "04": "pruning_to_99", "06": "detective_index_order"}
 BOLD_QUESTION = re.compile(r"\*\*([^*]+\?)\*\*|\*\*The question\.\*\*\s+([^*]+?\?)(?=\s)")
 
 

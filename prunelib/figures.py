@@ -152,6 +152,95 @@ def learning_curves(runs: dict):
     return figure, table
 
 
+# Notebook 03 -------------------------------------------------------------------------------------
+
+
+def matrices(named: dict, title: str):
+    """Square matrices as pictures, red for positive and blue for negative entries."""
+    figure, axes = new(1, len(named), (7.5, 3.2))
+    table = {"matrix": [], "row": [], "column": [], "value": []}
+    for ax, (name, values) in zip(axes, named.items(), strict=True):
+        values = np.asarray(values)
+        limit = np.abs(values).max()
+        ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        ax.set(title=f"{name}  ({len(values)}×{len(values)})", xticks=[], yticks=[])
+        ax.grid(False)
+        row, column = np.indices(values.shape).reshape(2, -1).tolist()
+        new_rows = ([name.replace("$", "")] * values.size, row, column, values.ravel().tolist())
+        for key, rows in zip(table, new_rows, strict=True):
+            table[key] += rows
+    figure.suptitle(title)
+    return figure, table
+
+
+def along_one_weight(values, logits, losses, current: float):
+    """Logits ``[v, classes]`` and loss ``[v]`` of one example as one weight takes `values`."""
+    figure, (left, right) = new(1, 2, (7.5, 3.6))
+    left.plot(values, logits, lw=1.2, color=COLOURS["magnitude"], alpha=0.7)
+    left.set(xlabel="value of one weight", ylabel="logits", title="Logits: straight lines and kinks")
+    right.plot(values, losses, color=COLOURS["obd"])
+    right.set(xlabel="value of one weight", ylabel="loss (nats)", title="Loss: smooth between the kinks")
+    for ax in (left, right):
+        ax.axvline(current, color=COLOURS["random"], lw=1)
+    logits = np.asarray(logits)
+    table = {f"logit_{c}": logits[:, c].tolist() for c in range(logits.shape[1])}
+    return figure, {"weight": np.asarray(values).tolist()} | table | {"loss": np.asarray(losses).tolist()}
+
+
+def probe_errors(probes, errors, claimed, ranked):
+    """Error of random probes against their number; beside it, how good they are as a ranking."""
+    figure, (left, right) = new(1, 2, (7.5, 3.6))
+    left.loglog(probes, errors, "o-", color=COLOURS["other"], label="error")
+    left.loglog(probes, claimed, "s:", color=COLOURS["magnitude"], label="standard error")
+    guide = errors[0] * np.sqrt(probes[0] / np.array(probes))
+    left.loglog(probes, guide, "--", color=COLOURS["random"], lw=1, label="1/√m")
+    left.set(xlabel="probes m", ylabel="relative error", title="Halved by four times the probes")
+    left.legend()
+    for (share, found), marker in zip(ranked.items(), "o^s", strict=False):
+        right.semilogx(probes, found, marker + "-", color=COLOURS["other"], label=f"lowest {share:.0%}")
+    right.legend(loc="lower right")
+    right.set(xlabel="probes m", ylabel="share found", title="As a ranking: how many it finds", ylim=(0, 1))
+    for ax in (left, right):
+        ax.set_xticks(probes, probes)
+        ax.minorticks_off()
+    table = {"probes": probes, "error": errors, "standard_error": claimed}
+    return figure, table | {f"found_{share}": found for share, found in ranked.items()}
+
+
+def pixel_maps(named: dict, title: str):
+    """28×28 maps side by side, each with its own scale."""
+    figure, axes = new(1, len(named), (7.5, 3.1))
+    for ax, (name, values) in zip(axes, named.items(), strict=True):
+        shown = ax.imshow(np.asarray(values))
+        figure.colorbar(shown, ax=ax, shrink=0.7)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name, fontsize=10)
+        ax.grid(False)
+    figure.suptitle(title)
+    row, column = np.indices((28, 28)).reshape(2, -1).tolist()
+    columns = {name: np.asarray(values).ravel().tolist() for name, values in named.items()}
+    return figure, {"row": row, "column": column} | columns
+
+
+def saliency_histograms(saliencies: dict, zeros: dict):
+    """log10 of the saliencies of each layer, exact zeros counted in the legend."""
+    figure, ax = new(size=(7.5, 4.2))
+    edges = np.arange(-16, 0.01, 0.5)
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(saliencies)))
+    table = {"log10_from": edges[:-1].tolist()}
+    for (name, values), colour in zip(saliencies.items(), colours, strict=True):
+        values = np.asarray(values).ravel()
+        counts, _ = np.histogram(np.log10(values[values > 0]), edges)
+        share = counts / values.size
+        label = f"{name} ({values.size:,} weights, {zeros[name]:.0%} exact zeros)"
+        ax.stairs(share, edges, color=colour, lw=2, label=label)
+        table[name] = share.tolist()
+    ax.set(xlabel="log10 of the saliency (nats)", ylabel="share of the layer's weights",
+           title="The later the layer, the more a weight matters")  # fmt: skip
+    ax.legend(fontsize=9, loc="upper left")
+    return figure, table
+
+
 # Notebook 04 -------------------------------------------------------------------------------------
 
 PUBLISHED = {
@@ -742,11 +831,11 @@ def predicted_actual(changes: dict, levels, title: str = ""):
             for row in zip(levels, *pair, strict=True):
                 for column, value in zip(table.values(), (criterion, seed, *row), strict=True):
                     column.append(value)
-        for percent in (10, 30, 50, 70, 90):
+        for percent in (10,) if criterion == "random" else (10, 30, 50, 70, 90):
             place = list(levels).index(percent)
             x, y = change.diagonal[0][place], change.actual[0][place]
             if x > 1e-6 and y > 1e-5:
-                ax.annotate(f"{percent} %", (x, y), (-4, 5), textcoords="offset points", ha="right",
+                ax.annotate(f"{percent} %", (x, y), (-6, 6), textcoords="offset points", ha="right",
                             color=colour, fontsize=9)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlim=(1e-6, 3), ylim=(1e-5, 5), title=title)
     ax.set(xlabel="predicted rise of the loss, ½ Σ h δ² (nats)", ylabel="actual rise (nats)")
@@ -768,6 +857,7 @@ def cross_ratios(panels: dict, levels, title: str = ""):
                         column.append(part)
         ax.axhline(0, color="black", lw=0.8)
         ax.set_yscale("symlog", linthresh=1)
+        ax.minorticks_off()
         ax.set(title=panel, xlabel="percent pruned", yticks=[-1, 0, 1, 3, 10, 30, 100],
                yticklabels=["-1", "0", "1", "3", "10", "30", "100"])  # fmt: skip
     axes[0].set_ylabel("cross terms / diagonal")
@@ -822,10 +912,10 @@ def layer_blocks(panels: dict, names, title: str = ""):
     figure, axes = new(2, -(-len(panels) // 2), (7.5, 7.6))
     table = {name: [] for name in ("panel", "row", "column", "share")}
     for ax, (panel, matrix) in zip(np.ravel(axes), panels.items(), strict=True):
-        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-0.6, vmax=0.6)
+        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1.5, vmax=1.5)
         for (a, b), value in np.ndenumerate(matrix):
-            colour = "white" if abs(value) > 0.4 else "black"
-            ax.text(b, a, f"{100 * value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+            colour = "white" if abs(value) > 0.7 else "black"
+            ax.text(b, a, f"{round(100 * value)}", ha="center", va="center", fontsize=9, color=colour)
             entry = (panel, names[a], names[b], value)
             for column, part in zip(table.values(), entry, strict=True):
                 column.append(part)

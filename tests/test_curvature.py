@@ -234,7 +234,8 @@ def recursion_of_1990(params, images, labels, activation, slope, bend):
                 first_a = kernel @ first
                 second = slope(x) ** 2 * second_a + bend(x) * first_a
                 first = slope(x) * first_a
-    return {f"dense{k}": {n: t / len(images) for n, t in sums.items()} for k, sums in enumerate(total, 1)}
+    means = [{n: t / len(images) for n, t in sums.items()} for sums in total]
+    return {f"dense{k}": sums for k, sums in enumerate(means, 1)}
 
 
 def test_lecun1990_is_the_recursion_of_the_paper(x64):

@@ -915,7 +915,8 @@ def layer_blocks(panels: dict, names, title: str = ""):
         image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1.5, vmax=1.5)
         for (a, b), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.7 else "black"
-            ax.text(b, a, f"{round(100 * value)}", ha="center", va="center", fontsize=9, color=colour)
+            text = f"{round(100 * value)}"
+            ax.text(b, a, text, ha="center", va="center", fontsize=9, color=colour)
             entry = (panel, names[a], names[b], value)
             for column, part in zip(table.values(), entry, strict=True):
                 column.append(part)

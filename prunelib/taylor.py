@@ -41,7 +41,7 @@ def loss_change(
     diagonal: Any = None,
     *,
     loss: Callable = cross_entropy,
-    batch_size: int = 2500,
+    batch_size: int = 1000,
 ) -> LossChange:
     """What pruning to the mask `kept` does to the mean loss, split into Taylor terms.
 
@@ -171,7 +171,7 @@ def layer_terms(
     examples: Examples,
     *,
     loss: Callable = cross_entropy,
-    batch_size: int = 2500,
+    batch_size: int = 1000,
 ) -> np.ndarray:
     """Second-order terms by pairs of layers: ``½ δ_aᵀ H_ab δ_b``, an array ``[layers, layers]``.
 

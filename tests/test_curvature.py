@@ -309,11 +309,12 @@ def test_refusals():
         curvature.hessian_diagonal(network, broken, examples)
 
 
-def test_one_hot_warns_of_hours():
+def test_one_hot_warns_of_hours(monkeypatch):
+    monkeypatch.setattr(curvature, "_one_hot", lambda *arguments: arguments[4])
     network = models.mlp()
-    params = jax.eval_shape(network.init, jax.random.key(0))
-    examples = Examples(jax.ShapeDtypeStruct((60_000, 784), jnp.uint8), np.zeros(60_000, np.int32))
-    with pytest.warns(UserWarning, match="47,410 Hessian-vector products"), pytest.raises(Exception):  # noqa: B017, PT011
+    params = network.init(jax.random.key(0))
+    examples = Examples(np.zeros((60_000, 784), np.uint8), np.zeros(60_000, np.int32))
+    with pytest.warns(UserWarning, match="47,410 Hessian-vector products"):
         curvature.one_hot(network, params, examples, passes.cross_entropy)
 
 

@@ -194,12 +194,12 @@ def test_the_table_of_notebooks_is_made_from_them(tmp_path):
         links.notebook_table([path], measured)
 
 
-def test_the_series_keeps_its_promise_of_time_and_memory():
+def test_the_series_keeps_its_promise_of_memory():
     runner = script("run_notebooks")
     text = runner.MEASURED.read_text() if runner.MEASURED.exists() else ""
     rows = {row["notebook"]: row for row in csv.DictReader(text.splitlines())}
     assert sorted(rows) == [path.stem for path in NOTEBOOKS], "run `make run`"
-    assert sum(float(row["seconds"]) for row in rows.values()) <= runner.PROMISED_SECONDS
+    # Of memory, not of time: a machine's load is in the seconds, and not in the megabytes.
     assert max(float(row["peak_mb"]) for row in rows.values()) <= runner.PROMISED_MB
 
 

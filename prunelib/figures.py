@@ -831,7 +831,7 @@ def predicted_actual(changes: dict, levels, title: str = ""):
             for row in zip(levels, *pair, strict=True):
                 for column, value in zip(table.values(), (criterion, seed, *row), strict=True):
                     column.append(value)
-        for percent in (10,) if criterion == "random" else (10, 30, 50, 70, 90):
+        for percent in () if criterion == "random" else (10, 30, 50, 70, 90):
             place = list(levels).index(percent)
             x, y = change.diagonal[0][place], change.actual[0][place]
             if x > 1e-6 and y > 1e-5:

@@ -335,12 +335,12 @@ def _gauss_newton_general(network, loss, batch_size, params, examples):
 def lecun1990(network, params, examples, loss, batch_size=None):
     """The recursion of the OBD paper [1]_: back-propagate only the diagonal.
 
-        ∂²E/∂a_i² = Σ_l w_li² ∂²E/∂z_l²                        (the paper's equation 8)
-        ∂²E/∂z_i² = f'(z_i)² ∂²E/∂a_i² + f''(z_i) ∂E/∂a_i       (7)
-        ∂²E/∂w_ij² = ∂²E/∂z_i² a_j²                             (6)
+        ∂²E/∂w_ij² = ∂²E/∂z_i² a_j²                                  (the paper's equation 6)
+        ∂²E/∂z_i² = f'(z_i)² Σ_l w_li² ∂²E/∂z_l² + f''(z_i) ∂E/∂a_i   (7)
 
-    Equation 8 drops what two units of a layer do together, so below the last layer this is an
-    approximation. In a convolution, likewise, positions are taken one by one.
+    It starts at the logits with the diagonal of the loss's own Hessian (the paper's 8, there for a
+    squared error). The sum over l drops what two units of a layer do together, so below the last
+    layer this is an approximation. In a convolution, likewise, positions are taken one by one.
 
     Raises
     ------
@@ -434,7 +434,9 @@ def hutchinson_estimate(
         raise ValueError(f"probes: expected an integer of at least 2, got {probes!r}")
     key = jax.random.key(0) if key is None else key
     mean, square = _hutchinson(network, loss, batch_size or 1000, probes, params, examples, key)
-    error = jax.tree.map(lambda m, s: jnp.sqrt(jnp.maximum(s - m**2, 0) / (probes - 1)), mean, square)
+    error = jax.tree.map(
+        lambda m, s: jnp.sqrt(jnp.maximum(s - m**2, 0) / (probes - 1)), mean, square
+    )
     return Estimate(mean, error)
 
 
@@ -540,7 +542,8 @@ def _has_fast_layers(network, params, examples) -> bool:
         return False
     inputs = _layer_inputs(network, params, examples)
     return all(
-        inputs[layer.name].ndim == 2 if layer.kind is nnx.Linear
+        inputs[layer.name].ndim == 2
+        if layer.kind is nnx.Linear
         else inputs[layer.name].ndim == 4 and _is_plain_conv(layer, params)
         for layer in network.layers
         if layer.name

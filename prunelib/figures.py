@@ -177,14 +177,20 @@ def along_one_weight(values, logits, losses, current: float):
     """Logits ``[v, classes]`` and loss ``[v]`` of one example as one weight takes `values`."""
     figure, (left, right) = new(1, 2, (7.5, 3.6))
     left.plot(values, logits, lw=1.2, color=COLOURS["magnitude"], alpha=0.7)
-    left.set(xlabel="value of one weight", ylabel="logits", title="Logits: straight lines and kinks")
+    left.set(
+        xlabel="value of one weight", ylabel="logits", title="Logits: straight lines and kinks"
+    )
     right.plot(values, losses, color=COLOURS["obd"])
-    right.set(xlabel="value of one weight", ylabel="loss (nats)", title="Loss: smooth between the kinks")
+    right.set(
+        xlabel="value of one weight", ylabel="loss (nats)", title="Loss: smooth between the kinks"
+    )
     for ax in (left, right):
         ax.axvline(current, color=COLOURS["random"], lw=1)
     logits = np.asarray(logits)
     table = {f"logit_{c}": logits[:, c].tolist() for c in range(logits.shape[1])}
-    return figure, {"weight": np.asarray(values).tolist()} | table | {"loss": np.asarray(losses).tolist()}
+    return figure, {"weight": np.asarray(values).tolist()} | table | {
+        "loss": np.asarray(losses).tolist()
+    }
 
 
 def probe_errors(probes, errors, claimed, ranked):
@@ -197,9 +203,16 @@ def probe_errors(probes, errors, claimed, ranked):
     left.set(xlabel="probes m", ylabel="relative error", title="Halved by four times the probes")
     left.legend()
     for (share, found), marker in zip(ranked.items(), "o^s", strict=False):
-        right.semilogx(probes, found, marker + "-", color=COLOURS["other"], label=f"lowest {share:.0%}")
+        right.semilogx(
+            probes, found, marker + "-", color=COLOURS["other"], label=f"lowest {share:.0%}"
+        )
     right.legend(loc="lower right")
-    right.set(xlabel="probes m", ylabel="share found", title="As a ranking: how many it finds", ylim=(0, 1))
+    right.set(
+        xlabel="probes m",
+        ylabel="share found",
+        title="As a ranking: how many it finds",
+        ylim=(0, 1),
+    )
     for ax in (left, right):
         ax.set_xticks(probes, probes)
         ax.minorticks_off()
@@ -885,7 +898,8 @@ def hessian_picture(scaled_hessian, edges, names, title: str = ""):
     figure, ax = new(size=(7, 6.2))
     limit = float(np.abs(scaled_hessian).max())
     norm = plt.matplotlib.colors.SymLogNorm(0.03, vmin=-limit, vmax=limit)
-    image = ax.imshow(scaled_hessian, cmap="RdBu_r", norm=norm, interpolation="nearest")
+    colours = plt.get_cmap("RdBu_r", 11)  # few colours keep the file small
+    image = ax.imshow(scaled_hessian, cmap=colours, norm=norm, interpolation="nearest")
     middles = (np.array([0, *edges[:-1]]) + np.array(edges)) / 2
     for edge in edges[:-1]:
         ax.axhline(edge - 0.5, color="black", lw=0.8)

@@ -17,7 +17,7 @@ import numpy as np
 
 from prunelib import checks
 from prunelib.data import Examples, scaled
-from prunelib.passes import cross_entropy, mean_over_batches
+from prunelib.passes import count, cross_entropy, mean_over_batches
 
 SCOPES = ("all", "layer")
 
@@ -34,8 +34,8 @@ def magnitude(params: Any) -> Any:
 def obd_saliency(params: Any, diagonal: Any) -> Any:
     """``s_k = ½ h_kk w_k²``, in nats: the predicted rise of the loss when w_k goes to zero.
 
-    Source: equation 5 and step 4 of the procedure in LeCun, Denker, Solla, "Optimal Brain Damage",
-    1990. `diagonal` is the diagonal of the Hessian, shaped like `params`.
+    Source: equation 3, and step 4 of the procedure, in LeCun, Denker, Solla, "Optimal Brain
+    Damage", 1990. `diagonal` is the diagonal of the Hessian, shaped like `params`.
 
     Raises
     ------
@@ -280,7 +280,7 @@ def accuracy_curve(
     found = [_pruned(network, batch_size, params, places, limit, examples) for limit in limits]
     correct, loss = (np.array(column) for column in zip(*found, strict=True))
     checks.finite("the loss of the pruned network", loss)
-    return Curve(np.array(percents), correct / len(examples.labels), loss)
+    return Curve(np.array(percents), correct / count(examples), loss)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -88,9 +88,8 @@ def notebook_table(paths: list[Path], measured: Path) -> str:
     total, most = (column(float(row[key]) for row in rows.values())
                    for column, key in ((sum, "seconds"), (max, "peak_mb")))  # fmt: skip
     return "\n".join(lines) + (
-        f"\n\nTime and peak memory are as [last measured](notebooks/{measured.name}) by `make run`, "
-        f"on two cores shared with other work: {total / 60:.1f} minutes in all, at most "
-        f"{most / 1000:.1f} GB."
+        f"\n\nTime and peak memory are as [last measured](notebooks/{measured.name}) by "
+        f"`make run`, on two cores: {total / 60:.1f} minutes in all, at most {most / 1000:.1f} GB."
     )
 
 

@@ -9,6 +9,7 @@ Seconds and peak memory go to notebooks/measured.csv, from which README.md's tab
 import argparse
 import csv
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+BAR = re.compile(r"\d+%\|.*\| \d+/\d+ \[")  # what is left of a progress bar without its kernel
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -40,8 +42,13 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         cell.metadata = nbformat.from_dict(
             {key: cell.metadata[key] for key in ("jupyter", "tags") if cell.metadata.get(key)}
         )
-        for output in cell.get("outputs", []):
+        outputs = cell.get("outputs", [])
+        for output in outputs:
             output.get("data", {}).pop(WIDGET, None)  # its id means nothing without a kernel
+        if outputs:
+            cell.outputs = [
+                o for o in outputs if not BAR.search(str(o.get("data", {}).get("text/plain", "")))
+            ]
 
 
 def store(notebook: nbformat.NotebookNode, path: Path) -> None:

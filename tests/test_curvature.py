@@ -126,7 +126,9 @@ def test_one_example(x64):
     network, params, examples = dense_problem((5, 4, 3), jax.nn.relu, n=1)
     expected = true_diagonal(network, params, examples)
     for method in ("one_hot", "neuron", "gauss_newton"):
-        assert error(curvature.hessian_diagonal(network, params, examples, method), expected) < 1e-10
+        assert (
+            error(curvature.hessian_diagonal(network, params, examples, method), expected) < 1e-10
+        )
 
 
 # Convolutions: shared weights
@@ -157,7 +159,7 @@ def test_the_recursion_of_1990_is_wrong_for_shared_weights(x64):
 
 def test_neuron_refuses_shared_weights_and_names_a_method_that_can(x64):
     network, params, examples = conv_problem()
-    with pytest.raises(ValueError, match='"neuron".*"gauss_newton" or "one_hot"'):
+    with pytest.raises(ValueError, match=r'"neuron".*"gauss_newton" or "one_hot"'):
         curvature.hessian_diagonal(network, params, examples, "neuron")
 
 
@@ -187,7 +189,9 @@ def test_layers_without_a_bias(x64):
     params, examples = problem(network, 0, 7, 5, 3)
     expected = true_diagonal(network, params, examples)
     for method in ("one_hot", "neuron", "gauss_newton"):
-        assert error(curvature.hessian_diagonal(network, params, examples, method), expected) < 1e-10
+        assert (
+            error(curvature.hessian_diagonal(network, params, examples, method), expected) < 1e-10
+        )
 
 
 def squared_error(logits, labels):
@@ -212,7 +216,9 @@ def test_another_loss(x64, method, loss):
 def recursion_of_1990(params, images, labels, activation, slope, bend):
     """Equations 6 to 8 of the paper, weight by weight, in plain NumPy."""
     layers = [jax.tree.map(np.asarray, params[name]) for name in sorted(params)]
-    total = [{"kernel": np.zeros(p["kernel"].shape), "bias": np.zeros(p["bias"].shape)} for p in layers]
+    total = [
+        {"kernel": np.zeros(p["kernel"].shape), "bias": np.zeros(p["bias"].shape)} for p in layers
+    ]
     for image, label in zip(np.asarray(images), np.asarray(labels), strict=True):
         a, z = [image], []
         for p in layers:
@@ -240,9 +246,13 @@ def recursion_of_1990(params, images, labels, activation, slope, bend):
 
 def test_lecun1990_is_the_recursion_of_the_paper(x64):
     cases = {
-        jnp.tanh: (np.tanh, lambda x: 1 - np.tanh(x) ** 2, lambda x: -2 * np.tanh(x) * (1 - np.tanh(x) ** 2)),
+        jnp.tanh: (
+            np.tanh,
+            lambda x: 1 - np.tanh(x) ** 2,
+            lambda x: -2 * np.tanh(x) * (1 - np.tanh(x) ** 2),
+        ),
         jax.nn.relu: (lambda x: np.maximum(x, 0), lambda x: x > 0, lambda x: 0 * x),
-    }  # fmt: skip
+    }
     for activation, plain in cases.items():
         network, params, examples = dense_problem((6, 5, 4, 3), activation)
         found = curvature.hessian_diagonal(network, params, examples, "lecun1990", batch_size=11)

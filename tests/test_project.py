@@ -274,10 +274,10 @@ def test_a_broken_link_is_found(tmp_path):
     here = tmp_path / "here.md"
     place = ROOT.as_posix()
     here.write_text(
-        f"# One *thing*, two\n<a id=\"by-hand\"></a>\n[a]({place}/tests/test_project.py)\n"
+        f'# One *thing*, two\n<a id="by-hand"></a>\n[a]({place}/tests/test_project.py)\n'
         "[b](nowhere.md#x) [c](https://example.org) `[d](no.md)`\n"
         f"[e](#one-thing-two) [f](#by-hand) [g](#three) [h]({place}/CONTRIBUTING.md#licences)\n"
-        f"[i]({place}/CONTRIBUTING.md#nothing) <img src=\"no.png\">"
+        f'[i]({place}/CONTRIBUTING.md#nothing) <img src="no.png">'
     )
     assert broken_links(here) == ["nowhere.md#x", "#three", f"{place}/CONTRIBUTING.md#nothing",
                                   "no.png"]  # fmt: skip

@@ -8,6 +8,7 @@ What it does, in the order in which the data flow:
 - `prunelib.curvature`: Hessian-vector products, and the diagonal of the Hessian five ways.
 - `prunelib.pruning`: saliency, ranking, mask, accuracy curve.
 - `prunelib.retraining`: pruning with retraining, and masks that no optimizer undoes.
+- `prunelib.streaming`: the same passes over more examples than memory holds, resumable.
 - `prunelib.taylor`: the terms of the loss change along a pruning path.
 - `prunelib.figures`: every plot of the series, and saving it with its table.
 

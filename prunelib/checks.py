@@ -23,7 +23,7 @@ def finite(what: str, tree: Any) -> Any:
     if is_traced(tree):
         return tree
     for path, leaf in jax.tree.leaves_with_path(tree):
-        good = np.isfinite(np.asarray(leaf))  # NumPy, to be out of any trace around
+        good = np.isfinite(_here(leaf))  # NumPy, to be out of any trace around
         if not bool(good.all()):
             bad = int((~good).sum())
             place = jax.tree_util.keystr(path) or "the array"
@@ -32,6 +32,13 @@ def finite(what: str, tree: Any) -> Any:
                 "find the step that made them (often log(softmax): use logits) before going on"
             )
     return tree
+
+
+def _here(array: Any) -> np.ndarray:
+    """The numbers that this process can see: all, but of an array spread over processes its own."""
+    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.concatenate([np.ravel(shard.data) for shard in array.addressable_shards])
 
 
 def params(tree: Any, name: str = "params") -> None:
@@ -59,7 +66,7 @@ def labels(value: Any, classes: int | None = None, name: str = "labels") -> None
         )
     if classes is None or is_traced(value) or value.size == 0:
         return
-    value = np.asarray(value)
+    value = _here(value)
     low, high = int(value.min()), int(value.max())
     if low < 0 or high >= classes:
         raise ValueError(
@@ -90,6 +97,14 @@ def examples(value: Any) -> None:
     if len(classes) == 0:
         raise ValueError("examples: there are none; pass at least one image and its label")
     labels(classes, name="examples.labels")
+    real = getattr(value, "real", None)
+    if real is not None and (real.dtype != bool or np.shape(real) != np.shape(classes)):
+        raise ValueError(
+            f"examples.real: expected a boolean for each label, got {real.dtype} "
+            f"{np.shape(real)}; let data.place make it"
+        )
+    if isinstance(sharding := getattr(images, "sharding", None), jax.sharding.NamedSharding):
+        mesh(sharding.mesh, "examples: their mesh")
     if images.dtype != np.uint8:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
@@ -99,13 +114,33 @@ def examples(value: Any) -> None:
         finite("examples.images", images)
 
 
+def mesh(value: Any, name: str = "mesh") -> None:
+    """Raise unless `value` is a mesh over whose axes JAX itself spreads the work."""
+    if not isinstance(value, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(
+            f"{name}: expected a jax.sharding.Mesh, got {type(value).__name__}; "
+            'make one as Mesh(jax.devices(), ("examples",))'
+        )
+    if set(value.axis_types) != {jax.sharding.AxisType.Auto}:
+        raise ValueError(
+            f"{name}: expected axes of the type Auto, got {value.axis_types}; "
+            'make it as Mesh(jax.devices(), ("examples",)), not by jax.make_mesh'
+        )
+
+
 def batch_size(value: Any) -> None:
     """Raise unless `value` is None (a method's default) or an integer of at least 1."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if value is not None and not (whole and value >= 1):
+    if value is not None:
+        whole("batch_size", value)
+
+
+def whole(name: str, value: Any) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (integer and value >= 1):
         raise ValueError(
-            f"batch_size: expected an integer of at least 1, got {value!r}; "
-            "any will do, the last batch is padded"
+            f"{name}: expected an integer of at least 1, got {value!r}; "
+            "any will do, what is left over is counted too"
         )
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prunelib import checks
 
@@ -69,6 +70,22 @@ class Examples(NamedTuple):
 
     images: Any
     labels: Any
+
+
+class Placed(NamedTuple):
+    """Examples spread over devices by `place`. All that takes `Examples` takes them too.
+
+    Attributes
+    ----------
+    images, labels : arrays [m, ...] and [m]
+        As in `Examples`; the first axis is filled up with zeros until the devices divide it.
+    real : bool array [m]
+        False for what only fills up, and counts nowhere.
+    """
+
+    images: Any
+    labels: Any
+    real: Any
 
 
 class Mnist(NamedTuple):
@@ -149,6 +166,72 @@ def scaled(images: jax.Array | np.ndarray) -> jax.Array:
         "images: expected a uint8 array (0 to 255) or a floating-point one (0 to 1), "
         f"got {type(images).__name__ if dtype is None else dtype}; convert it with .astype"
     )
+
+
+def place(examples: Examples, mesh: Mesh | None = None) -> Placed:
+    """Spread examples over the devices of a mesh: each device holds an equal share, and only that.
+
+    What is then computed from them is computed where they are (see `passes.mean_over_batches`).
+
+    Parameters
+    ----------
+    examples : Examples
+        Any number. In several processes each passes the same NumPy arrays, and only its share goes
+        to its devices.
+    mesh : jax.sharding.Mesh, optional
+        The examples go over all its axes, which must be of the type `Auto`; by default over all
+        devices of all processes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the examples are not what `Examples` says, or the mesh is none, or has explicit axes.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("examples",)) if mesh is None else mesh
+    checks.mesh(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    examples = collected(examples)
+    whole = filled(examples, -(-len(examples.labels) // mesh.size) * mesh.size)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), whole
+    )
+
+
+def filled(examples: Examples, length: int) -> Placed:
+    """Examples as NumPy arrays, filled up with zeros to `length`; only the given ones are real.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the examples are not what `Examples` says, or more than `length`.
+    """
+    images, labels = collected(examples)
+    more = length - len(labels)
+    if more < 0:
+        raise ValueError(
+            f"length: expected at least {len(labels)}, the number of examples, got {length}; "
+            "nothing is dropped here"
+        )
+    real = np.arange(length) < len(labels)
+    if more == 0:
+        return Placed(images, labels, real)
+    blank = [np.zeros((more, *x.shape[1:]), x.dtype) for x in (images, labels)]
+    return Placed(np.concatenate([images, blank[0]]), np.concatenate([labels, blank[1]]), real)
+
+
+def collected(examples: Examples | Placed) -> Examples:
+    """Examples as NumPy arrays in this process, from wherever they are, without what fills up.
+
+    Raises TypeError or ValueError if the examples are not what `Examples` says.
+    """
+    checks.examples(examples)
+    arrays = examples.images, examples.labels, getattr(examples, "real", None)
+    sharding = getattr(examples.images, "sharding", None)
+    if sharding is not None and not sharding.is_fully_addressable:  # in several processes
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        arrays = jax.jit(lambda *x: x, out_shardings=everywhere)(*arrays)
+    images, labels, real = (None if x is None else np.asarray(x) for x in arrays)
+    return Examples(images, labels) if real is None else Examples(images[real], labels[real])
 
 
 def published_2016() -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prunelib import checks
 from prunelib.data import Examples
@@ -44,6 +45,10 @@ def mean_over_batches(
     batch; so a function that sums ``weights * (something per example)`` gets the exact mean over
     the data, whatever the batch size. To be called inside `jit`.
 
+    Examples that are spread over the devices of a mesh (`data.place`, or `jax.device_put` with a
+    `NamedSharding` of the first axis) stay where they are: each batch takes as many from each
+    device, so that all devices work on every batch, and only sums travel between them.
+
     Raises
     ------
     TypeError, ValueError
@@ -51,22 +56,39 @@ def mean_over_batches(
     """
     checks.examples(examples)
     checks.batch_size(batch_size)
-    n = len(examples.labels)
-    batches = -(-n // batch_size)
-    size = -(-n // batches)  # equal batches: the least padding
-    padding = batches * size - n
+    n, mesh = len(examples.labels), jax.typeof(examples.images).sharding.mesh
+    devices = 1 if mesh.empty or n % mesh.size else mesh.size
+    share = n // devices
+    batches = min(share, -(-n // batch_size))
+    size = -(-share // batches)  # equal batches: the least padding
 
     def cut(x):
-        padded = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(batches, size, *x.shape[1:])
+        """``[n, ...]`` -> ``[batches, devices * size, ...]``, and no device gives anything away."""
+        x = x.reshape(devices, share, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, batches * size - share)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(devices, batches, size, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(batches, devices * size, *x.shape[3:])
 
     dtype = examples.images.dtype if jnp.issubdtype(examples.images.dtype, jnp.floating) else None
-    weights = cut(jnp.full(n, 1 / n, dtype or jnp.float32))
-    batched = (cut(examples.images), cut(examples.labels), weights)
+    real = getattr(examples, "real", None)
+    weights = jnp.full(n, 1 / n, dtype or jnp.float32)
+    if real is not None:
+        weights = real / real.sum(dtype=weights.dtype)
+    batched = (cut(examples.images), cut(examples.labels), cut(weights))
 
     def step(total, batch):
         return jax.tree.map(jnp.add, total, function(*batch)), None
 
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], batched))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(step, zeros, batched)[0]
+    total = jax.lax.scan(step, zeros, batched)[0]
+    if devices == 1:
+        return total
+    return jax.lax.with_sharding_constraint(total, NamedSharding(mesh, PartitionSpec()))
+
+
+def count(examples: Examples) -> int:
+    """How many examples there are, without the padding of `data.place`."""
+    checks.examples(examples)
+    real = getattr(examples, "real", None)
+    return len(examples.labels) if real is None else int(jnp.sum(real))

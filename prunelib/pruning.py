@@ -276,7 +276,7 @@ def accuracy_curve(
     checked = _checked(scores, scope, prunable)
     limits = [_counts(*checked, scope, percent) for percent in percents]
     places = ranks(scores, scope, prunable)
-    examples = jax.device_put(examples)
+    examples = jax.tree.map(jnp.asarray, examples)  # once for all levels
     found = [_pruned(network, batch_size, params, places, limit, examples) for limit in limits]
     correct, loss = (np.array(column) for column in zip(*found, strict=True))
     checks.finite("the loss of the pruned network", loss)

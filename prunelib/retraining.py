@@ -6,7 +6,10 @@ The experiments of the series are shipped, as their curves, in ``prunelib/runs/r
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +24,8 @@ import optax
 from tqdm.auto import tqdm
 
 from prunelib import checks, curvature, pruning, training
-from prunelib.data import Examples, cache_dir, load_mnist
-from prunelib.models import mlp
+from prunelib.data import Examples, cache_dir, collected, load_mnist
+from prunelib.models import lenet5, lenet300, mlp
 from prunelib.passes import cross_entropy
 
 SHIPPED = Path(__file__).parent / "runs" / "retraining"
@@ -158,7 +161,7 @@ def prune_and_retrain(
     """
     seeds = tuple(int(seed) for seed in seeds)
     one = _check(network, params, train, percents, recipe, criterion, seeds)
-    data = jax.device_put(Examples(*train))
+    data = jax.device_put(collected(train))
     scored = jax.tree.map(lambda x: x[:scored_on], data)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
@@ -252,6 +255,8 @@ def _retrain(network, recipe, params, kept, examples, keys):
 
 # The experiments of the series -------------------------------------------------------------------
 
+LENET300 = training.Recipe("lenet300", steps=10_000, batch=128)
+LENET5 = training.Recipe("lenet5", steps=3_750)
 KEPT = (40, 20, 12, 8, 5, 2, 1, 0.5)  # percent of the parameters, round by round
 
 
@@ -304,16 +309,21 @@ class Plan:
 STARTS = {
     "plain": (mlp, training.PLAIN, range(5)),
     "dropout": (mlp, training.FAIR_DROPOUT, range(5)),
+    "lenet300": (lenet300, LENET300, range(3)),
+    "lenet5": (lenet5, LENET5, range(3)),
 }
 
 
 def plans() -> list[Plan]:
-    """Every experiment of notebook 08, at full scale."""
+    """Every experiment of notebooks 08 and 09, at full scale."""
+    fine = dict(kept=(25, 12, 8, 6, 4, 2, 1))
+    modest = dict(kept=(25, 12, 8, 4, 2, 1), steps=400, learning_rate=2e-3, scored_on=3000)
     some = dict(one_shot=True, kept=(20, 8, 2))
     found = [Plan("plain", "random")]
     for criterion in ("magnitude", "obd"):
         found += [Plan("plain", criterion, scope) for scope in pruning.SCOPES]
         found += [Plan("plain", criterion, **some), Plan("dropout", criterion)]
+        found += [Plan("lenet300", criterion, **fine), Plan("lenet5", criterion, **modest)]
     return found
 
 
@@ -391,7 +401,7 @@ def _run(plan, mnist) -> Outcome:
     left = {}
     for path, _ in jax.tree.leaves_with_path(parts[0].kept):
         masks = np.concatenate([_at(part.kept, path)[last] for part in parts])
-        left["/".join(entry.key for entry in path)] = masks.sum(tuple(range(2, masks.ndim))).T
+        left[_name(path)] = masks.sum(tuple(range(2, masks.ndim))).T
     return Outcome(
         np.array(plan.kept, float),
         joined("accuracy", last),
@@ -401,19 +411,20 @@ def _run(plan, mnist) -> Outcome:
     )
 
 
+def _name(path):
+    return "/".join(entry.key for entry in path)
+
+
 def _at(tree, path):
     for entry in path:
         tree = tree[entry.key]
     return tree
 
 
-def _save(outcome: Outcome, file: Path, key: dict) -> None:
-    plain = jax.tree.map(lambda x: np.round(x, 6).tolist(), asdict(outcome))
-    _write(file, {"key": key, "outcome": plain})
-
-
-def _write(file: Path, record: dict) -> None:
-    text = json.dumps(record) + "\n"
+def _save(outcome: Any, file: Path, key: dict) -> None:
+    plain = outcome if isinstance(outcome, dict) else asdict(outcome)
+    plain = jax.tree.map(lambda x: np.round(x, 6).tolist(), plain)
+    text = json.dumps({"key": key, "outcome": plain}) + "\n"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as folder:
@@ -425,28 +436,142 @@ def _write(file: Path, record: dict) -> None:
 
 
 def _load(file: Path, key: dict) -> Outcome | None:
-    if not file.exists():
-        return None
+    found = _fetch(file, key)
     try:
-        record = json.loads(file.read_text())
-        if record["key"] != json.loads(json.dumps(key)):
-            return None
-        found = record["outcome"]
-        left = {name: np.array(counts) for name, counts in found.pop("left").items()}
-        return Outcome(**{name: np.array(values) for name, values in found.items()}, left=left)
-    except (ValueError, KeyError, TypeError) as error:
+        return found and Outcome(**_arrays(found))
+    except TypeError as error:
         warnings.warn(f"{file} is damaged ({error}); running it again", stacklevel=3)
         return None
 
 
-def main() -> None:
-    """Run every experiment from its seeds, and put the curves where they are shipped."""
+def _fetch(file: Path, key: dict) -> dict | None:
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        return record["outcome"] if record["key"] == json.loads(json.dumps(key)) else None
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{file} is damaged ({error}); running it again", stacklevel=4)
+        return None
+
+
+def _arrays(found: dict) -> dict:
+    """The same nested dict, with a NumPy array for each list."""
+    return jax.tree.map(np.array, found, is_leaf=lambda value: isinstance(value, list))
+
+
+# LeNet-5 without retraining ----------------------------------------------------------------------
+
+CURVES = "lenet5-without-retraining"
+CURVES_KEPT = (80, 60, 50, 40, 30, 20, 15, 10, 5)  # percent of the parameters
+CURVES_SEEDS = 1  # the first ones of LeNet-5
+SUBSET = 3000  # examples, the first ones
+
+
+def lenet5_curves(mnist, *, fresh: bool = False) -> dict:
+    """Pruning LeNet-5 without retraining, by the diagonal over all 60,000 training examples.
+
+    Kept and fetched like the outcome of `experiment`; at full scale it takes minutes a seed.
+
+    Returns
+    -------
+    dict
+        "kept" ``[levels]``, percent of the parameters; "seconds" ``[seeds]`` that the diagonal
+        took, and "megabytes", the peak memory of the process that computed it all. For each
+        criterion ("magnitude", "obd", and "subset": OBD by the first SUBSET examples) and scope,
+        by a name such as "obd-all": the test accuracy ``[seeds, levels]``. By "left" and such a
+        name, a dict: how many entries each array of the network has left ``[seeds, levels]``.
+    """
+    key = _curves_key(mnist)
+    own = cache_dir() / "retraining" / f"{CURVES}.json"
+    for file in () if fresh else (SHIPPED / own.name, own):
+        found = _fetch(file, key)
+        if found is not None:
+            return _arrays(found)
+    curves = _curves(mnist)
+    if not fresh:
+        _save(curves, own, key)
+    return curves
+
+
+def _curves_key(mnist) -> dict:
+    build, recipe, seeds = STARTS["lenet5"]
+    key = training.run_key(build(), recipe, mnist.train, seeds)
+    return key | {"kept": list(CURVES_KEPT), "first_seeds": CURVES_SEEDS, "subset": SUBSET}
+
+
+def _curves(mnist) -> dict:
+    build, recipe, seeds = STARTS["lenet5"]
+    runs = training.train(build(), recipe, mnist.train, seeds)
+    each = [_curves_of_one(build(), runs.select(i), mnist) for i in range(CURVES_SEEDS)]
+    curves = jax.tree.map(lambda *values: np.stack(values), *each)
+    return curves | {"kept": np.array(CURVES_KEPT, float), "megabytes": np.array(_peak_memory())}
+
+
+def _curves_of_one(network, params, mnist) -> dict:
+    start = time.perf_counter()
+    whole = jax.block_until_ready(curvature.hessian_diagonal(network, params, mnist.train))
+    found = {"seconds": np.array(time.perf_counter() - start), "left": {}}
+    few = Examples(mnist.train.images[:SUBSET], mnist.train.labels[:SUBSET])
+    part = curvature.hessian_diagonal(network, params, few)
+    scores = {
+        "magnitude": pruning.magnitude(params),
+        "obd": pruning.obd_saliency(params, whole),
+        "subset": pruning.obd_saliency(params, part),
+    }
+    percents = [100 - level for level in CURVES_KEPT]
+    for criterion, score in scores.items():
+        for scope in pruning.SCOPES:
+            name = f"{criterion}-{scope}"
+            found[name] = pruning.accuracy_curve(
+                network, params, score, mnist.test, percents, scope, batch_size=500
+            ).accuracy
+            masks = [pruning.mask(score, percent, scope) for percent in percents]
+            found["left"][name] = {
+                _name(path): np.array([int(_at(kept, path).sum()) for kept in masks])
+                for path, _ in jax.tree.leaves_with_path(params)
+            }
+    return found
+
+
+def _peak_memory() -> float:
+    """Of this process so far, in megabytes (2**20 bytes)."""
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# Making it all again -----------------------------------------------------------------------------
+
+
+def main(names: Sequence[str] = ()) -> None:
+    """Make what is shipped again from its seeds: the named parts, or all, one process for each."""
+    if not names:
+        names = ["lenet300", "lenet5", *(plan.name for plan in plans()), CURVES]
+        for name in names:
+            subprocess.run([sys.executable, "-m", "prunelib.retraining", name], check=True)
+        return
     mnist = load_mnist()
-    for plan in plans():
-        outcome = _run(plan, mnist)
-        _save(outcome, SHIPPED / f"{plan.name}.json", _key(plan, mnist))
-        print(f"{plan.name}: {np.round(100 * outcome.accuracy.mean(0), 2)}", flush=True)
+    by_name = {plan.name: plan for plan in plans()}
+    for name in names:
+        if name == CURVES:
+            found = _curves(mnist)
+            _save(found, SHIPPED / f"{name}.json", _curves_key(mnist))
+            print(f"{name}: {found['seconds'].round()} s, {found['megabytes']:.0f} MB", flush=True)
+        elif name in by_name:
+            plan = by_name[name]
+            outcome = _run(plan, mnist)
+            _save(outcome, SHIPPED / f"{name}.json", _key(plan, mnist))
+            print(f"{name}: {np.round(100 * outcome.accuracy.mean(0), 2)}", flush=True)
+        else:
+            build, recipe, seeds = STARTS[name]
+            network = build()
+            runs = training.train(network, recipe, mnist.train, seeds, fresh=True)
+            key = training.run_key(network, recipe, mnist.train, seeds)
+            training.save(runs, training.SHIPPED / recipe.name, key)
+            print(f"{name}: loss {runs.history['loss'][:, -1].mean():.4f}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -28,9 +28,9 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from prunelib import checks
-from prunelib.data import Examples, cache_dir, load_mnist, scaled
+from prunelib.data import Examples, cache_dir, collected, load_mnist, scaled
 from prunelib.models import Network, mlp
-from prunelib.passes import cross_entropy
+from prunelib.passes import count, cross_entropy
 
 SHIPPED = Path(__file__).parent / "runs"
 
@@ -131,7 +131,8 @@ def train(
     recipe : Recipe
     examples : Examples
         NumPy or JAX arrays, wherever they are: what counts is their numbers. Training runs on
-        JAX's default device, with all images in its memory (as uint8 if they are).
+        JAX's default device, with all images in its memory (as uint8 if they are): a batch is too
+        small to share out, and the run is to be the same to the last bit wherever the data are.
     seeds : sequence of int
         One network each: for its start, the order of its examples, and dropout.
     fresh : bool
@@ -146,6 +147,7 @@ def train(
         If the training diverged.
     """
     seeds = _checked(network, recipe, examples, seeds)
+    examples = collected(examples)
     if fresh:
         return _train(network, recipe, examples, seeds)
     key = run_key(network, recipe, examples, seeds)
@@ -186,9 +188,9 @@ def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
             "recipe: expected integers steps >= 1, batch >= 1, held_out >= 0; 0 < keep <= 1; "
             f"learning_rate > 0; std > 0 or None; got {recipe}; change it by dataclasses.replace"
         )
-    if len(examples.labels) - recipe.held_out < recipe.batch:
+    if count(examples) - recipe.held_out < recipe.batch:
         raise ValueError(
-            f"examples: {len(examples.labels)} less {recipe.held_out} held out do not fill a "
+            f"examples: {count(examples)} less {recipe.held_out} held out do not fill a "
             f"batch of {recipe.batch}; pass more, or a recipe with a smaller batch"
         )
     return tuple(int(seed) for seed in seeds)
@@ -199,8 +201,8 @@ def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
 
 def _train(network, recipe, examples, seeds) -> Runs:
     used = len(examples.labels) - recipe.held_out
-    images = jnp.asarray(np.asarray(examples.images)[:used])
-    labels = jnp.asarray(np.asarray(examples.labels)[:used], jnp.int32)
+    images = jnp.asarray(examples.images[:used])
+    labels = jnp.asarray(examples.labels[:used], jnp.int32)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     starts, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     start = jax.vmap(partial(_start, network, recipe))(starts)
@@ -308,7 +310,8 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
     Versions of libraries are not in it: they change the last digits of a run, not what it is.
     """
     content = hashlib.sha256()
-    for array in (examples.images, np.asarray(examples.labels).astype(np.int32)):
+    examples = collected(examples)
+    for array in (examples.images, examples.labels.astype(np.int32)):
         array = np.ascontiguousarray(array)
         content.update(f"{array.dtype} {array.shape}".encode())
         content.update(array)
@@ -361,7 +364,8 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _content(tree) -> str:
+def content(tree: Any) -> str:
+    """A digest of all numbers of a pytree, of their dtypes, shapes and places."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         leaf = np.ascontiguousarray(leaf)
@@ -375,26 +379,12 @@ def save(runs: Runs, folder: Path, key: dict) -> bool:
 
     What is there already stays if it is the same run (another process was faster).
     """
-    import orbax.checkpoint as ocp
-
     tree = {"params": jax.tree.map(np.asarray, runs.params), "history": runs.history}
-    record = {"key": key, "content": _content(tree)}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
-            whole = Path(temporary, "run")
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save(whole.absolute() / "arrays", tree)
-            (whole / "arrays" / "commit_success.txt").unlink(missing_ok=True)  # names a folder
-            (whole / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-            if _read(whole)[1] != record:
-                raise OSError("what was written is not what is read back")
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(folder, Path(temporary, "old"))
-            os.replace(whole, folder)
+        write_arrays(folder, tree, {"key": key})
     except Exception as error:  # a full disk is not always an OSError of Python's
         with contextlib.suppress(Exception):
-            if _read(folder)[1] == record:
+            if read_arrays(folder)[1] == {"key": key, "content": content(tree)}:
                 return True
         warnings.warn(
             f"the run cannot be kept in {folder} ({_first_line(error)}), so it will be trained "
@@ -405,14 +395,35 @@ def save(runs: Runs, folder: Path, key: dict) -> bool:
     return True
 
 
-def _read(folder: Path) -> tuple[dict, dict]:
+def write_arrays(folder: Path, tree: Any, record: dict) -> None:
+    """Write a pytree of NumPy arrays, and a JSON-able record, whole or not at all."""
+    import orbax.checkpoint as ocp
+
+    record = record | {"content": content(tree)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
+        whole = Path(temporary, "run")
+        # Orbax's own choice for these networks is one file of megabytes, which git dislikes.
+        arguments = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=2**20)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(whole.absolute() / "arrays", args=arguments)
+        (whole / "arrays" / "commit_success.txt").unlink(missing_ok=True)  # names a folder
+        (whole / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        if read_arrays(whole)[1] != record:
+            raise OSError("what was written is not what is read back")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, Path(temporary, "old"))
+        os.replace(whole, folder)
+
+
+def read_arrays(folder: Path) -> tuple[dict, dict]:
     """The arrays in `folder`, and their record; raises whatever is wrong."""
     import orbax.checkpoint as ocp
 
     record = json.loads((folder / "run.json").read_text())
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(folder.absolute() / "arrays")
-    if _content(tree) != record["content"]:
+    if content(tree) != record["content"]:
         raise ValueError("its numbers do not have the checksum kept with them")
     return tree, record
 
@@ -425,7 +436,7 @@ def _load(folder: Path, key: dict, recipe: Recipe, seeds: tuple[int, ...]) -> Ru
             if folder.parent == SHIPPED:
                 return None  # the name of a recipe says not all; that of a kept run does
             raise ValueError("it holds another run than its name says")
-        tree, _ = _read(folder)
+        tree, _ = read_arrays(folder)
     except Exception as error:
         warnings.warn(
             f"the kept run in {folder} is damaged ({_first_line(error)}); training it again. "

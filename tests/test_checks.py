@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prunelib import checks, curvature, data, figures, models, passes, pruning, taylor, training
+from prunelib import (
+    checks,
+    curvature,
+    data,
+    figures,
+    models,
+    passes,
+    pruning,
+    streaming,
+    taylor,
+    training,
+)
 from prunelib.data import Examples
 
 NETWORK = models.mlp((4, 3, 2))
@@ -96,6 +107,12 @@ GOOD = {
     "window_strides": (1, 1),
     "padding": "VALID",
     "loss": passes.cross_entropy,
+    "mesh": jax.sharding.Mesh(jax.devices(), ("examples",)),
+    "length": 8,
+    "source": EXAMPLES,
+    "size": 4,
+    "chunks": [EXAMPLES],
+    "every": 2,
 }
 
 
@@ -267,6 +284,21 @@ BAD = {
     "index": values(-1, 1),
     "window_strides": values((2, 2)),
     "padding": values("SAME"),
+    "mesh": {
+        "devices": (lambda m: jax.devices(), "list"),
+        "explicit axes": (lambda m: jax.make_mesh((8,), ("examples",)), "Explicit"),
+    },
+    "length": values(5),
+    "source": {
+        "a path": (lambda s: "images.npy", "str"),
+        "None": (lambda s: None, "NoneType"),
+    },
+    "size": SIZES,
+    "every": SIZES,
+    "chunks": {
+        "none": (lambda c: [], "none"),
+        "images alone": (lambda c: [c[0].images], "ndarray"),
+    },
 }
 # Messages speak of parts of an argument, or of arguments that do not fit together.
 SPOKEN_OF = {
@@ -276,6 +308,7 @@ SPOKEN_OF = {
     "params": "params",
     "recipe and examples": "examples",
     "percents": "percent",
+    "chunks": "chunks|examples",
 }
 
 
@@ -302,6 +335,9 @@ def stacked_changes(params, kept, diagonal, examples, network, batch_size):
 
 
 FUNCTIONS = {
+    "data.place": (data.place, ["examples alone", "mesh"]),
+    "data.collected": (data.collected, ["examples alone"]),
+    "data.filled": (data.filled, ["examples alone", "length"]),
     "data.scaled": (data.scaled, ["images alone"]),
     "models.Network": (models.Network, ["layers"]),
     "models.Network.apply": (NETWORK.apply, ["params", "images", "keep"]),
@@ -313,6 +349,7 @@ FUNCTIONS = {
         ["window_strides", "padding"],
     ),
     "passes.cross_entropy": (passes.cross_entropy, ["logits", "labels"]),
+    "passes.count": (passes.count, ["examples alone"]),
     "passes.mean_over_batches": (mean_of_images, ["examples alone", "batch_size"]),
     "training.train": (
         partial(training.train, fresh=True),
@@ -342,6 +379,15 @@ FUNCTIONS = {
     "taylor.loss_change": (taylor.loss_change, [*MEASURES, "kept", "diagonal of real numbers"]),
     "taylor.loss_changes": (stacked_changes, [*MEASURES, "kept", "diagonal of real numbers"]),
     "taylor.layer_terms": (taylor.layer_terms, [*MEASURES, "kept"]),
+    "streaming.chunks": (streaming.chunks, ["source", "size"]),
+    "streaming.mean": (
+        lambda chunks, every: streaming.mean(lambda c: c.images.mean(0), chunks, every=every),
+        ["chunks", "every"],
+    ),
+    "streaming.hessian_diagonal": (
+        streaming.hessian_diagonal,
+        ["network", "params", "method", "chunks", "every"],
+    ),
     "figures.save": (figures.save, ["figure", "name", "table"]),
 }
 # What needs no row, and why.
@@ -357,6 +403,9 @@ EXEMPT = {
     "models.lenet5": "takes nothing",
     "curvature.loss_factor": "runs inside compiled code, after hessian_diagonal's checks",
     "training.run_key": "train checks first",
+    "training.content": "takes any pytree of arrays",
+    "training.read_arrays": "raises whatever is wrong: test_faults.py and test_sharding.py",
+    "training.write_arrays": "raises whatever is wrong: test_faults.py and test_sharding.py",
     "training.save": "train checks first; test_faults.py tries what can go wrong",
     "training.main": "takes nothing",
 }
@@ -407,7 +456,7 @@ def test_bad_input_is_refused_by_name(function, argument, what):
     assert re.search(remedy + "|any will do|number the|it is |rename|such as|expected", message)
 
 
-MODULES = ["data", "models", "passes", "training", "curvature", "pruning", "taylor"]
+MODULES = ["data", "models", "passes", "training", "curvature", "pruning", "taylor", "streaming"]
 
 
 @pytest.mark.parametrize("module", MODULES)

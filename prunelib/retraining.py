@@ -317,7 +317,7 @@ STARTS = {
 def plans() -> list[Plan]:
     """Every experiment of notebooks 08 and 09, at full scale."""
     fine = dict(kept=(25, 12, 8, 6, 4, 2, 1))
-    modest = dict(kept=(25, 12, 8, 4, 2, 1), steps=400, learning_rate=2e-3, scored_on=3000)
+    modest = dict(kept=(25, 12, 8, 4, 2, 1), steps=250, learning_rate=2e-3, scored_on=2000)
     some = dict(one_shot=True, kept=(20, 8, 2))
     found = [Plan("plain", "random")]
     for criterion in ("magnitude", "obd"):

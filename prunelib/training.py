@@ -403,8 +403,10 @@ def write_arrays(folder: Path, tree: Any, record: dict) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as temporary:
         whole = Path(temporary, "run")
-        # Orbax's own choice for these networks is one file of megabytes, which git dislikes.
-        arguments = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=2**20)
+        large = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) > 2**20
+        arguments = ocp.args.PyTreeSave(  # files of less than a megabyte, for git's sake
+            tree, ocdbt_target_data_file_size=2**19 if large else None
+        )
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(whole.absolute() / "arrays", args=arguments)
         (whole / "arrays" / "commit_success.txt").unlink(missing_ok=True)  # names a folder

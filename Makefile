@@ -5,6 +5,8 @@ VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 LAB_VENV ?= .venv-lab
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]-*.ipynb))
+# Two processes, for the two cores of the smallest machine that this is meant for.
+PARALLEL := -n 2 --dist
 NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout=1200 --nbval-kernel-startup-timeout=120
 
@@ -20,12 +22,12 @@ run: $(VENV)/.installed ## Execute all notebooks in place, in order, and draw ev
 	$(VENV)/bin/python scripts/make_links.py
 
 test: $(VENV)/.installed ## Test prunelib and the project, then run every notebook and its solutions, and compare
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest $(PARALLEL) worksteal tests
 ifeq ($(NOTEBOOKS),)
 	@echo "NO NOTEBOOKS: notebooks/NN-*.ipynb matches nothing, so no stored output was compared." >&2
 else
 	$(VENV)/bin/python scripts/with_solutions.py build/notebooks
-	$(VENV)/bin/python -m pytest $(NBVAL) $(NOTEBOOKS:%=build/%)
+	$(VENV)/bin/python -m pytest $(PARALLEL) loadfile $(NBVAL) $(NOTEBOOKS:%=build/%)
 endif
 
 test-binder: $(VENV)/.installed ## Install what Binder would, in an empty environment, and use it (slow)
@@ -43,11 +45,12 @@ lint: $(VENV)/.installed ## Check the code and the notebooks with ruff
 links: $(VENV)/.installed ## Write README.md's links and its table of notebooks
 	$(VENV)/bin/python scripts/make_links.py
 
-train: $(VENV)/.installed ## Train the networks of prunelib/runs again
+train: $(VENV)/.installed ## Train and prune again what prunelib/runs holds (an hour or two)
 	$(VENV)/bin/python -m prunelib.training
+	$(VENV)/bin/python -m prunelib.retraining
 
 bench: $(BENCH_VENV)/.installed ## Time prunelib against other libraries, in an environment of its own
-	$(BENCH_VENV)/bin/python -m pytest benchmarks
+	$(BENCH_VENV)/bin/python -m pytest -p no:xdist -W default --benchmark-columns=median,iqr,rounds benchmarks
 
 lock: ## Resolve requirements.lock again, to the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear .venv-lock
@@ -67,11 +70,13 @@ $(VENV)/.installed: requirements.lock
 	$(VENV)/bin/pip install --quiet --require-hashes -r requirements.lock
 	touch $@
 
-$(BENCH_VENV)/.installed: requirements.lock benchmarks/requirements.txt
+$(BENCH_VENV)/.installed: requirements.lock pyproject.toml
 	@echo "Setting up $(BENCH_VENV): a few minutes, once."
 	$(PYTHON) -m venv --clear $(BENCH_VENV)
 	$(BENCH_VENV)/bin/pip install --quiet --require-hashes -r requirements.lock
-	$(BENCH_VENV)/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt
+	$(BENCH_VENV)/bin/pip install --quiet --upgrade "pip>=25.1" # the first to know groups
+	$(BENCH_VENV)/bin/pip install --quiet --group torch
+	$(BENCH_VENV)/bin/pip install --quiet --no-deps --group bench
 	touch $@
 
 # Drives a browser that is already there; nothing downloads one.

@@ -172,7 +172,8 @@ def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
         raise TypeError(
             f"recipe: expected a Recipe, got {type(recipe).__name__}; pass for instance PLAIN"
         )
-    checks.network_inputs(network, network.init(jax.random.key(0)), examples)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(network))
+    checks.network_inputs(network, zeros, examples)
     seeds = tuple(seeds)
     whole = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in seeds)
     if not seeds or not whole:
@@ -194,6 +195,11 @@ def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
             f"batch of {recipe.batch}; pass more, or a recipe with a smaller batch"
         )
     return tuple(int(seed) for seed in seeds)
+
+
+def _shapes(network):
+    """What `network.init` gives, as shapes only: nothing is compiled or drawn."""
+    return jax.eval_shape(network.init, jax.random.key(0))
 
 
 # The compiled run --------------------------------------------------------------------------------
@@ -315,18 +321,21 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
         array = np.ascontiguousarray(array)
         content.update(f"{array.dtype} {array.shape}".encode())
         content.update(array)
-    params = network.init(jax.random.key(0))
+    params = _shapes(network)
     x = jax.eval_shape(lambda images: scaled(images[:1]), examples.images)
     layers = []
     for layer in network.layers:
         layers.append(_describe(layer, x))
         x = jax.eval_shape(layer, params, x)
-    start = jax.tree.leaves_with_path(_start(network, recipe, jax.random.key(0)))
+    start = _start(network, recipe, jax.random.key(0))
     return {
         "format": 2,
         "recipe": dataclasses.asdict(recipe),
         "layers": layers,
-        "start": {jax.tree_util.keystr(path): _sketch(leaf) for path, leaf in start},
+        "start": {
+            jax.tree_util.keystr(path): _sketch(leaf)
+            for path, leaf in jax.tree.leaves_with_path(start)
+        },
         "data": content.hexdigest(),
         "seeds": [int(seed) for seed in seeds],
     }
@@ -334,14 +343,14 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
 
 def _sketch(leaf) -> str:
     """What an array starts as: to two digits, since processors differ in the last ones."""
-    low, spread, high = (f"{float(f(leaf)):.1e}" for f in (jnp.min, jnp.std, jnp.max))
+    low, spread, high = (f"{f(np.asarray(leaf)):.1e}" for f in (np.min, np.std, np.max))
     return f"{leaf.dtype} {leaf.shape} from {low} to {high}, spread {spread}"
 
 
 def _describe(layer, x) -> str:
     if not layer.name:
         return _name(layer.function, x)
-    settings = vars(layer.function(rngs=nnx.Rngs(0)))
+    settings = vars(nnx.eval_shape(lambda: layer.function(rngs=nnx.Rngs(0))))
     plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str | tuple)}
     types = {k: v.__name__ for k, v in settings.items() if isinstance(v, type)}
     return f"{layer.name} = {layer.kind.__name__} {sorted((plain | types).items())}"

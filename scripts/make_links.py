@@ -5,7 +5,8 @@
 The address stands once, in pyproject.toml's [project.urls]. In README.md, whatever is between
 ``<!-- links:NAME -->`` and ``<!-- /links -->`` is written by this script: ``badge`` is the Binder
 badge, which opens JupyterLab at the first notebook; ``clone`` is how to get and run the project;
-``notebooks`` is the table, from the notebooks themselves and notebooks/measured.csv.
+``notebooks`` is the table, from the notebooks themselves and notebooks/measured.csv;
+``benchmark`` is what `make bench` measured on the study's network.
 """
 
 import csv
@@ -93,6 +94,16 @@ def notebook_table(paths: list[Path], measured: Path) -> str:
     )
 
 
+def benchmark_table(measured: Path) -> str:
+    """The table of diagonals, from what the benchmark wrote: the study's network."""
+    lines = ["| library | method | seconds | ratio | error |", "| --- | --- | --- | --- | --- |"]
+    for row in csv.DictReader(measured.read_text().splitlines()):
+        if row["network"] == "study":
+            cells = (row[key] for key in ("library", "method", "seconds", "ratio", "error"))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rewrite(readme: str, texts: dict[str, str]) -> str:
     """The README with every marked place filled in. Raises ValueError if the badge has none."""
     if "<!-- links:badge -->" not in readme:
@@ -112,7 +123,8 @@ def current() -> dict[str, str]:
     first = next(iter(notebooks), ROOT / "notebooks").relative_to(ROOT).as_posix()
     texts = blocks(project["urls"]["Repository"], first)
     table = notebook_table(notebooks, ROOT / "notebooks" / "measured.csv")
-    return {**texts, "notebooks": f"\n{table}\n"}
+    diagonals = benchmark_table(ROOT / "benchmarks" / "diagonal.csv")
+    return {**texts, "notebooks": f"\n{table}\n", "benchmark": f"\n{diagonals}\n"}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """What every test runs under: JAX strict about shapes, no window, no chance."""
 
+import os
 import sys
 
-import hypothesis
-import jax
-import matplotlib
-import pytest
+# Most of the time of these tests goes into compiling, for data that is tiny. The notebooks, which
+# are compared too, run as a reader would run them.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
 
 matplotlib.use("Agg")
 # A silent broadcast of [n] against [n, m] is how a saliency goes wrong without an error.

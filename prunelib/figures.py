@@ -640,6 +640,23 @@ def kept_by_layer(kept: dict[str, dict[str, float]], xlabel: str):
     return figure, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
+def against_truth(true: np.ndarray, tries: dict[str, np.ndarray], title: str = ""):
+    """Curvatures computed in several ways against the true ones, weight by weight, on log axes.
+
+    Returns the figure and a table with one row for each weight.
+    """
+    figure, ax = new(size=(7.5, 4.2))
+    limits = [0.5 * float(true.min()), 2 * float(true.max())]
+    ax.plot(limits, limits, color="0.5", linewidth=1)
+    styles = [("obd", "o"), ("other", "s"), ("light", "x")]
+    for (name, found), (colour, marker) in zip(tries.items(), styles, strict=False):
+        ax.plot(np.ravel(true), np.ravel(found), marker, color=COLOURS[colour], label=name)
+    ax.set(xscale="log", yscale="log", title=title, ylabel="computed (nats per squared weight)")
+    ax.set_xlabel("truth: the diagonal of jax.hessian (nats per squared weight)")
+    ax.legend()
+    return figure, {"truth": np.ravel(true)} | {n: np.ravel(f) for n, f in tries.items()}
+
+
 # Notebook 01 -------------------------------------------------------------------------------------
 
 PRUNING_STEPS = {"w1": COLOURS["magnitude"], "w2": COLOURS["obd"], "both": COLOURS["published"]}
@@ -952,3 +969,78 @@ def rank_scatter(places, rho, title: str = ""):
     ax.grid(False)
     figure.colorbar(image, label="log$_{10}$(weights + 1)")
     return figure, {"layer": list(rho), "spearman": [float(value) for value in rho.values()]}
+
+
+# Notebook 10 -------------------------------------------------------------------------------------
+
+PASSES = {
+    "gauss_newton": ("exact, Gauss-Newton", COLOURS["obd"], "o-"),
+    "sampled": ("sampled class", COLOURS["accent"], "s-"),
+    "hutchinson": ("Hutchinson", COLOURS["other"], "^-"),
+    "neuron": ("exact, per neuron", COLOURS["light"], "d-"),
+}
+
+
+def scaling_costs(panels: list, title: str = ""):
+    """Seconds against what grows: panels of (axis, method -> (sizes, seconds)), from zero."""
+    figure, axes = new(2, 2, (7.5, 6.4))
+    table = {name: [] for name in ("grows", "method", "size", "seconds")}
+    for ax, (grows, curves) in zip(axes.flat, panels, strict=True):
+        for method, (sizes, seconds) in curves.items():
+            label, colour, line = PASSES[method]
+            ax.plot(sizes, seconds, line[0], color=colour, label=label)
+            fitted = np.array([0, max(sizes)])
+            ax.plot(fitted, np.polyval(np.polyfit(sizes, seconds, 1), fitted), color=colour, lw=1)
+            for row in zip(sizes, seconds, strict=True):
+                for column, value in zip(table.values(), (grows, method, *row), strict=True):
+                    column.append(value)
+        ax.set(xlabel=grows, ylabel="seconds", xlim=(0, None), ylim=(0, None))
+        ax.legend(fontsize=9)
+    figure.suptitle(title)
+    return figure, table
+
+
+def scaling_model(table: dict, rate: float, title: str = ""):
+    """Measured seconds against counted operations (columns sweep, size, gflop, seconds)."""
+    figure, ax = new()
+    sweeps = dict(zip(dict.fromkeys(table["sweep"]), "os^d", strict=False))
+    for (sweep, marker), colour in zip(sweeps.items(), COLOURS.values(), strict=False):
+        chosen = [i for i, name in enumerate(table["sweep"]) if name == sweep]
+        points = np.array([(table["gflop"][i], table["seconds"][i]) for i in chosen])
+        ax.plot(*points.T, marker, color=colour, label=f"{sweep} grow", ms=7)
+    ends = np.array([min(table["gflop"]), max(table["gflop"])])
+    ax.plot(ends, ends / rate, color="0.4", lw=1, label=f"{rate:.0f} GFLOP/s")
+    ax.set(xscale="log", yscale="log", xlabel="operations counted (GFLOP)", ylabel="seconds")
+    ax.set_title(title)
+    ax.legend()
+    return figure, table
+
+
+def scaling_errors(curves: list, title: str = ""):
+    """Relative error against draws or probes: (method, label, numbers, errors) for each curve."""
+    figure, ax = new()
+    table = {name: [] for name in ("method", "examples", "draws", "relative_error")}
+    for (method, n, numbers, errors), fill in zip(curves, ("full", "none", "full"), strict=False):
+        label, colour, line = PASSES[method]
+        ax.plot(numbers, errors, line, color=colour, fillstyle=fill, label=f"{label}, {n:,} images")
+        for row in zip(numbers, errors, strict=True):
+            for column, value in zip(table.values(), (method, n, *row), strict=True):
+                column.append(value)
+    ax.set(xscale="log", yscale="log", xlabel="draws an example, or probes", title=title)
+    ax.set_ylabel("relative error (2-norm)")
+    ax.legend()
+    return figure, table
+
+
+def affordable(parameters, seconds: dict, title: str = ""):
+    """Time on paper against the number of parameters: label -> (seconds, colour, line)."""
+    figure, ax = new(size=(7.5, 5))
+    for label, (values, colour, line) in seconds.items():
+        ax.plot(parameters, values, line, color=colour, label=label)
+    for name, time in {"minute": 60, "day": 86400, "year": 3.16e7}.items():
+        ax.axhline(time, color="0.7", lw=0.8, zorder=0)
+        ax.text(parameters[-1], time * 1.15, name, fontsize=9, color="0.4", ha="right")
+    ax.set(xscale="log", yscale="log", xlabel="parameters", ylabel="seconds", title=title)
+    ax.legend(fontsize=9, loc="upper left")
+    columns = {label: [float(v) for v in values] for label, (values, _, _) in seconds.items()}
+    return figure, {"parameters": [float(p) for p in parameters]} | columns

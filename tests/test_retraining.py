@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given
 
 from prunelib import models, pruning, retraining, training
@@ -121,6 +122,28 @@ def test_sparsity_is_what_was_asked_to_the_entry(few, criterion, scope):
     leaves = list(zip(*map(jax.tree.leaves, (found.params, found.kept)), strict=True))
     assert all((np.asarray(w)[~k[-1]] == 0).all() for w, k in leaves)
     assert any((np.asarray(w)[k[-1]] != 0).any() for w, k in leaves)
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_a_convolution_is_as_sparse_as_asked_and_stays_so(few, steps):
+    conv = partial(
+        nnx.Conv, 1, 2, (5, 5), padding="VALID", conv_general_dilated=models.convolve
+    )
+    layers = [models.as_picture, ("conv1", conv), models.max_pool, jax.nn.relu, models.flatten]
+    network = models.Network([*layers, ("dense1", partial(nnx.Linear, 288, 10))])
+    start = jax.vmap(network.init)(jnp.stack([jax.random.key(0)]))
+    recipe = replace(QUICK, steps=steps)
+    found = retraining.prune_and_retrain(
+        network, start, few, few, [30, 85], recipe, "obd", seeds=(0,), scored_on=50
+    )
+    total = 25 * 2 + 2 + 288 * 10 + 10
+    for number, percent in enumerate((30, 85)):
+        left = sum(int(leaf[number].sum()) for leaf in jax.tree.leaves(found.kept))
+        assert left == total - percent * total // 100
+    for w, k in zip(*map(jax.tree.leaves, (found.params, found.kept)), strict=True):
+        np.testing.assert_array_equal(np.asarray(w)[~k[-1]], 0)
+    moved = jax.tree.map(lambda w, s, k: (w != s)[k[-1]], found.params, start, found.kept)
+    assert all(leaf.any() for leaf in jax.tree.leaves(moved["conv1"]["kernel"]))
 
 
 def test_what_is_pruned_stays_pruned(few):
@@ -256,6 +279,45 @@ def test_the_shipped_outcomes_are_of_these_plans_and_exactly_as_sparse_as_asked(
         counts = jax.tree.leaves(pruning.counts(one, 100 - kept, plan.scope))
         gone = counts[0] if plan.scope == "all" else sum(counts)
         assert set(sum(outcome.left.values())[:, level].tolist()) == {total - gone}
+
+
+@pytest.mark.parametrize("name", ["lenet300", "lenet5"])
+def test_the_shipped_lenets_are_of_these_recipes(name, mnist):
+    build, recipe, seeds = retraining.STARTS[name]
+    folder, key = training.SHIPPED / name, training.run_key(build(), recipe, mnist.train, seeds)
+    runs = training._load(folder, key, recipe, tuple(seeds))
+    assert runs is not None, "run python -m prunelib.retraining"
+    some = Examples(*(x[:1000] for x in mnist.test))
+    for i in range(len(seeds)):
+        assert pruning.evaluate(build(), runs.select(i), some, batch_size=500)[0] > 0.97
+
+
+def test_the_shipped_curves_of_lenet5_are_exactly_as_sparse_as_asked(mnist):
+    file = retraining.SHIPPED / f"{retraining.CURVES}.json"
+    assert retraining._fetch(file, retraining._curves_key(mnist)) is not None, "run make train"
+    curves = retraining.lenet5_curves(mnist)
+    assert curves["megabytes"] < 1500
+    assert (curves["obd-all"] > 0.9).any()
+    assert curves["left"]["obd-all"].keys() == curves["left"]["magnitude-layer"].keys()
+    for name in ("magnitude-all", "obd-all", "subset-all"):
+        left = sum(curves["left"][name].values())
+        gone = [(100 - level) * 431_080 // 100 for level in retraining.CURVES_KEPT]
+        assert (left == 431_080 - np.array(gone)).all()
+
+
+def test_curves_without_retraining_are_kept_and_found_again(small, monkeypatch):
+    conv = partial(nnx.Conv, 1, 2, (5, 5), padding="VALID")
+    layers = [models.as_picture, ("conv1", conv), models.max_pool, models.flatten]
+    network = models.Network([*layers, ("dense1", partial(nnx.Linear, 288, 10))])
+    monkeypatch.setitem(retraining.STARTS, "lenet5", (lambda: network, QUICK, (0, 1)))
+    monkeypatch.setattr(retraining, "CURVES_KEPT", (50, 10))
+    monkeypatch.setattr(retraining, "SUBSET", 100)
+    first = retraining.lenet5_curves(small)
+    assert first["obd-all"].shape == first["subset-layer"].shape == (retraining.CURVES_SEEDS, 2)
+    assert sum(first["left"]["obd-all"].values())[0].tolist() == [1471, 295]
+    monkeypatch.setattr(retraining, "_curves", None)  # from here on it must be fetched
+    again = retraining.lenet5_curves(small)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), again, first)
 
 
 # Convolutions as products ------------------------------------------------------------------------

@@ -22,13 +22,19 @@ from prunelib.passes import count, cross_entropy, mean_over_batches
 SCOPES = ("all", "layer")
 
 
+@partial(jax.jit, static_argnums=0)
+def _each(function, *trees):
+    """`jax.tree.map` as one compiled program, not one for each array and operation."""
+    return jax.tree.map(function, *trees)
+
+
 # Scores ------------------------------------------------------------------------------------------
 
 
 def magnitude(params: Any) -> Any:
     """``|w_k|``, a pytree shaped like `params`."""
     checks.params(params)
-    return jax.tree.map(jnp.abs, params)
+    return _each(jnp.abs, params)
 
 
 def obd_saliency(params: Any, diagonal: Any) -> Any:
@@ -48,12 +54,16 @@ def obd_saliency(params: Any, diagonal: Any) -> Any:
     checks.params(params)
     checks.params(diagonal, "diagonal")
     checks.same_tree("diagonal", diagonal, "params", params)
-    if not checks.is_traced(diagonal) and not any(jnp.any(h) for h in jax.tree.leaves(diagonal)):
+    if not checks.is_traced(diagonal) and not any(map(np.any, jax.tree.leaves(diagonal))):
         raise FloatingPointError(
             "diagonal: every entry is exactly zero, so that nothing would be ranked; "
             "if the loss is below rounding, compute in float64, or rank by magnitude"
         )
-    return jax.tree.map(lambda w, h: 0.5 * h * w**2, params, diagonal)
+    return _each(_half_h_w_squared, params, diagonal)
+
+
+def _half_h_w_squared(w, h):
+    return 0.5 * h * w**2
 
 
 def random_scores(key: jax.Array, params: Any) -> Any:
@@ -103,8 +113,13 @@ def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
         If a score is NaN or infinite: it has no place in any order.
     """
     leaves, structure, free = _checked(scores, scope, prunable)
+    return structure.unflatten(_ranked(leaves, scope, tuple(free)))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _ranked(leaves, scope, free):
     if scope == "layer":
-        return structure.unflatten([_places(leaf.ravel()).reshape(leaf.shape) for leaf in leaves])
+        return [_places(leaf.ravel()).reshape(leaf.shape) for leaf in leaves]
     chosen = [leaf.ravel() for leaf, f in zip(leaves, free, strict=True) if f]
     order = _places(jnp.concatenate(chosen)) if chosen else None
     ranked, start = [], 0
@@ -114,7 +129,7 @@ def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
             start += leaf.size
         else:
             ranked.append(jnp.zeros(leaf.shape, jnp.int32))
-    return structure.unflatten(ranked)
+    return ranked
 
 
 def _places(scores: jax.Array) -> jax.Array:
@@ -203,7 +218,7 @@ def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) 
     [True, False, False, True]
     """
     limits = counts(scores, percent, scope, prunable)
-    return jax.tree.map(lambda r, limit: r >= limit, ranks(scores, scope, prunable), limits)
+    return _each(jnp.greater_equal, ranks(scores, scope, prunable), limits)
 
 
 def apply_mask(params: Any, kept: Any) -> Any:
@@ -222,7 +237,11 @@ def apply_mask(params: Any, kept: Any) -> Any:
         if getattr(leaf, "dtype", None) != np.dtype(bool):
             found = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(f"kept: expected booleans, got {found}; make masks by pruning.mask")
-    return jax.tree.map(lambda w, k: jnp.where(k, w, jnp.zeros_like(w)), params, kept)
+    return _each(_zero_where_pruned, params, kept)
+
+
+def _zero_where_pruned(w, k):
+    return jnp.where(k, w, jnp.zeros_like(w))
 
 
 # Curves ------------------------------------------------------------------------------------------
@@ -285,8 +304,8 @@ def accuracy_curve(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _pruned(network, batch_size, params, places, limits, examples):
-    kept = jax.tree.map(lambda place, limit: place >= limit, places, limits)
-    pruned = jax.tree.map(lambda w, k: jnp.where(k, w, jnp.zeros_like(w)), params, kept)
+    kept = jax.tree.map(jnp.greater_equal, places, limits)
+    pruned = jax.tree.map(_zero_where_pruned, params, kept)
 
     def batch(images, labels, weights):
         logits = network.apply(pruned, scaled(images))

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,12 @@ class Runs:
                 f"index: expected 0 to {len(self.seeds) - 1}, got {index}; "
                 f"it is a place in seeds = {self.seeds}"
             )
-        return jax.tree.map(lambda leaf: leaf[index], self.params)
+        return _take(self.params, index)
+
+
+@jax.jit
+def _take(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def train(
@@ -211,7 +216,7 @@ def _train(network, recipe, examples, seeds) -> Runs:
     labels = jnp.asarray(examples.labels[:used], jnp.int32)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     starts, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    start = jax.vmap(partial(_start, network, recipe))(starts)
+    start = jax.vmap(partial(_start, network, recipe.std))(starts)
     with _progress(recipe) as number:
         params, loss, accuracy = _scan(network, recipe, start, images, labels, keys, number)
         jax.block_until_ready(params)
@@ -222,12 +227,12 @@ def _train(network, recipe, examples, seeds) -> Runs:
     return Runs(recipe, seeds, params, history)
 
 
-def _start(network, recipe, key):
+def _start(network, std, key):
     params = network.init(key)
-    if recipe.std is None:
+    if std is None:
         return params
     leaves, structure = jax.tree.flatten(params)
-    normal = jax.nn.initializers.truncated_normal(recipe.std)
+    normal = jax.nn.initializers.truncated_normal(std)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten([normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
 
@@ -327,24 +332,34 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
     for layer in network.layers:
         layers.append(_describe(layer, x))
         x = jax.eval_shape(layer, params, x)
-    start = _start(network, recipe, jax.random.key(0))
     return {
         "format": 2,
         "recipe": dataclasses.asdict(recipe),
         "layers": layers,
-        "start": {
-            jax.tree_util.keystr(path): _sketch(leaf)
-            for path, leaf in jax.tree.leaves_with_path(start)
-        },
+        "start": _sketch(_builders(network), recipe.std),
         "data": content.hexdigest(),
         "seeds": [int(seed) for seed in seeds],
     }
 
 
-def _sketch(leaf) -> str:
-    """What an array starts as: to two digits, since processors differ in the last ones."""
-    low, spread, high = (f"{f(np.asarray(leaf)):.1e}" for f in (np.min, np.std, np.max))
-    return f"{leaf.dtype} {leaf.shape} from {low} to {high}, spread {spread}"
+def _builders(network):
+    """What makes the layers. Equal networks compute the same, and may yet start otherwise."""
+    return tuple((layer.name, layer.function) for layer in network.layers)
+
+
+@cache
+def _sketch(builders, std) -> dict[str, str]:
+    """What each array starts as: to two digits, since processors differ in the last ones."""
+    network = Network([(name, build) if name else build for name, build in builders])
+    # It is drawn once, so the least time goes into compiling it.
+    hurried = {"xla_backend_optimization_level": 0}
+    draw = jax.jit(lambda key: _start(network, std, key), compiler_options=hurried)
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(draw(jax.random.key(0))):
+        low, spread, high = (f"{f(np.asarray(leaf)):.1e}" for f in (np.min, np.std, np.max))
+        text = f"{leaf.dtype} {leaf.shape} from {low} to {high}, spread {spread}"
+        found[jax.tree_util.keystr(path)] = text
+    return found
 
 
 def _describe(layer, x) -> str:

@@ -7,10 +7,10 @@ import sys
 # are compared too, run as a reader would run them.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import matplotlib  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import matplotlib
+import pytest
 
 matplotlib.use("Agg")
 # A silent broadcast of [n] against [n, m] is how a saliency goes wrong without an error.

@@ -133,10 +133,10 @@ def test_each_epoch_sees_each_example_once():
 
 def test_recipes_start_as_they_say():
     key = jax.random.key(3)
-    own = training._start(NETWORK, RECIPE, key)
+    own = training._start(NETWORK, RECIPE.std, key)
     jax.tree.map(np.testing.assert_array_equal, own, NETWORK.init(key))
     network = models.mlp()
-    normal = training._start(network, training.PLAIN_2016, key)
+    normal = training._start(network, training.PLAIN_2016.std, key)
     for leaf in jax.tree.leaves(normal):  # biases too, cut at two standard deviations
         assert 0 < np.abs(leaf).max() <= 0.04
     assert np.std(normal["dense1"]["kernel"]) == pytest.approx(0.02 * 0.8796, rel=0.02)

@@ -232,7 +232,7 @@ def gauss_newton(network, params, examples, loss, batch_size=None):
     if _has_fast_layers(network, params, examples):
         dense = _is_dense_chain(network, params, examples)
         return _gauss_newton_layers(
-            network, loss, batch_size or (2500 if dense else 25), params, examples
+            network, loss, batch_size or (1000 if dense else 25), params, examples
         )
     return _gauss_newton_general(network, loss, batch_size or 100, params, examples)
 

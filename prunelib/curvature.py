@@ -268,18 +268,28 @@ def _gauss_newton_layers(network, loss, batch_size, params, examples):
 def _sum_of_squares(network, params, pull, inputs, factors, vectors):
     """Σ_n Σ_c factor_nc (∂(s_ncᵀ z_n)/∂w)², for each weight of each layer."""
     modules = {layer.name: layer.module(params) for layer in network.layers if layer.name}
-    dense = {name: 0.0 for name in modules if isinstance(modules[name], nnx.Linear)}
-    conv = {name: [] for name in modules if name not in dense}
-    for c in range(vectors.shape[1]):
-        signals = pull(vectors[:, c])[0]
-        for name in dense:
-            dense[name] += factors[:, c, None] * signals[name] ** 2
-        for name in conv:
-            conv[name].append(signals[name])
+    conv = [name for name in modules if not isinstance(modules[name], nnx.Linear)]
+
+    def add(dense, one_class):
+        vector, factor = one_class
+        signals = pull(vector)[0]
+        dense = {name: dense[name] + factor[:, None] * signals[name] ** 2 for name in dense}
+        return dense, {name: signals[name] for name in conv}
+
+    shapes = jax.eval_shape(lambda v: pull(v)[0], vectors[:, 0])
+    zeros = {
+        name: jnp.zeros(shapes[name].shape, shapes[name].dtype)
+        for name in modules
+        if name not in conv
+    }
+    # Small matrix products gain by running on without a loop; convolutions take long to compile.
+    unroll = 1 if conv else min(10, vectors.shape[1])
+    classes = (vectors.swapaxes(0, 1), factors.T)
+    dense, signals = jax.lax.scan(add, zeros, classes, unroll=unroll)
     out = {name: _dense_squares(inputs[name], dense[name]) for name in dense}
     for name in conv:
-        signals = jnp.stack(conv[name], axis=-2)
-        out[name] = _conv_squares(modules[name], inputs[name], signals, factors)
+        by_place = jnp.moveaxis(signals[name], 0, -2)
+        out[name] = _conv_squares(modules[name], inputs[name], by_place, factors)
     return _like(params, out)
 
 

@@ -315,14 +315,16 @@ STARTS = {
 
 
 def plans() -> list[Plan]:
-    """Every experiment of notebook 08, at full scale."""
+    """Every experiment of notebooks 08 and 09, at full scale."""
     fine = dict(kept=(25, 12, 8, 6, 4, 2, 1))
+    modest = dict(steps=250, learning_rate=2e-3, scored_on=2000, first_seeds=1)
+    modest["kept"] = (25, 12, 8, 4, 2, 1)
     some = dict(one_shot=True, kept=(20, 8, 2))
     found = [Plan("plain", "random")]
     for criterion in ("magnitude", "obd"):
         found += [Plan("plain", criterion, scope) for scope in pruning.SCOPES]
         found += [Plan("plain", criterion, **some), Plan("dropout", criterion)]
-        found += [Plan("lenet300", criterion, **fine)]
+        found += [Plan("lenet300", criterion, **fine), Plan("lenet5", criterion, **modest)]
     return found
 
 

@@ -598,24 +598,30 @@ def survivors(masks: dict[str, dict[float, np.ndarray]], title: str = ""):
     return figure, table
 
 
-def filters(kernels: dict[str, np.ndarray], title: str = ""):
-    """Convolution kernels ``[height, width, units]`` as pictures, a row for each entry.
+def filters(kernels: dict[str, np.ndarray], title: str = "", columns: int = 4):
+    """Convolution kernels ``[height, width, units]`` as pictures, a panel for each entry.
 
-    White is a weight of exactly zero, red is positive, blue negative. Returns the figure and a
+    Grey is a weight of exactly zero, red is positive, blue negative. Returns the figure and a
     long table.
     """
-    units = next(iter(kernels.values())).shape[-1]
-    figure, axes = new(len(kernels), units, (7.5, 0.75 * len(kernels) + 0.5), squeeze=False)
+    figure, axes = new(1, len(kernels), (7.5, 3.6), squeeze=False)
     limit = max(np.abs(kernel).max() for kernel in kernels.values())
+    colours = plt.get_cmap("RdBu_r").with_extremes(bad="0.35")
     rows = []
-    for line, (caption, kernel) in zip(axes, kernels.items(), strict=True):
-        for unit, ax in enumerate(line):
-            ax.imshow(kernel[..., unit], cmap="RdBu_r", vmin=-limit, vmax=limit)
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-            places = np.ndindex(kernel.shape[:2])
-            rows += [(caption, unit, *place, kernel[place][unit]) for place in places]
-        line[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9)
+    for ax, (caption, kernel) in zip(axes[0], kernels.items(), strict=True):
+        height, width, units = kernel.shape
+        lines = -(-units // columns)
+        picture = np.full((lines * (height + 1) + 1, columns * (width + 1) + 1), np.inf)
+        for unit in range(units):
+            top, left = 1 + (height + 1) * (unit // columns), 1 + (width + 1) * (unit % columns)
+            one = kernel[..., unit]
+            picture[top : top + height, left : left + width] = np.where(one == 0, np.nan, one)
+            rows += [(caption, unit, *place, one[place]) for place in np.ndindex(one.shape)]
+        between = np.isinf(picture)
+        ax.imshow(np.where(between, 0, picture), cmap=colours, vmin=-limit, vmax=limit)
+        ax.imshow(np.where(between, 1.0, np.nan), cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[], title=caption)
+        ax.grid(False)
     figure.suptitle(title, fontsize=12)
     names = ("network", "filter", "row", "column", "weight")
     return figure, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))

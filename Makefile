@@ -50,7 +50,7 @@ train: $(VENV)/.installed ## Train and prune again what prunelib/runs holds (an 
 	$(VENV)/bin/python -m prunelib.retraining
 
 bench: $(BENCH_VENV)/.installed ## Time prunelib against other libraries, in an environment of its own
-	$(BENCH_VENV)/bin/python -m pytest -p no:xdist -W default --benchmark-columns=median,iqr,rounds benchmarks
+	$(BENCH_VENV)/bin/python -m pytest -p no:xdist -W default --benchmark-columns=min,median,iqr,rounds benchmarks
 
 lock: ## Resolve requirements.lock again, to the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear .venv-lock

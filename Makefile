@@ -5,8 +5,10 @@ VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 LAB_VENV ?= .venv-lab
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]-*.ipynb))
-# Two processes, for the two cores of the smallest machine that this is meant for.
-PARALLEL := -n 2 --dist
+# Two processes, for the two cores of the smallest machine that this is meant for. The notebooks
+# that take longest start first, so that both processes end at about the same time.
+PARALLEL := -n 2 --no-loadscope-reorder --dist
+LONGEST_FIRST = $(shell grep '^[0-9]' notebooks/measured.csv | sort -t, -k2 -rn | cut -d, -f1)
 NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout=1200 --nbval-kernel-startup-timeout=120
 
@@ -27,7 +29,8 @@ ifeq ($(NOTEBOOKS),)
 	@echo "NO NOTEBOOKS: notebooks/NN-*.ipynb matches nothing, so no stored output was compared." >&2
 else
 	$(VENV)/bin/python scripts/with_solutions.py build/notebooks
-	$(VENV)/bin/python -m pytest $(PARALLEL) loadfile $(NBVAL) $(NOTEBOOKS:%=build/%)
+	$(VENV)/bin/python -m pytest $(PARALLEL) loadfile $(NBVAL) \
+		$(LONGEST_FIRST:%=build/notebooks/%.ipynb) $(NOTEBOOKS:%=build/%)
 endif
 
 test-binder: $(VENV)/.installed ## Install what Binder would, in an empty environment, and use it (slow)

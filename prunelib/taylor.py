@@ -102,6 +102,7 @@ def loss_changes(network, params, kept, examples, diagonal=None, **options) -> L
     `params` and `diagonal` have a leading axis over networks (as in `training.Runs`), `kept` has
     that axis before all others: ``[networks, levels, ...]`` gives arrays ``[networks, levels]``.
     """
+
     def select(tree, place):
         return None if tree is None else jax.tree.map(lambda leaf: leaf[place], tree)
 

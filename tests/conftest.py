@@ -5,7 +5,13 @@ import sys
 
 # Most of the time of these tests goes into compiling, for data that is tiny. The notebooks, which
 # are compared too, run as a reader would run them.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 import hypothesis
 import jax

@@ -73,9 +73,7 @@ def test_pruned_entries_are_exactly_zero_after_any_number_of_steps(name, kept, c
         return jax.tree.map(lambda k: jnp.array(rng.normal(0, 10, k.shape), jnp.float32), kept)
 
     start, gradients = draw(), [draw() for _ in range(count)]
-    masked = steps(
-        optax.chain(OPTIMIZERS[name], retraining.keep_pruned(kept)), start, gradients
-    )
+    masked = steps(optax.chain(OPTIMIZERS[name], retraining.keep_pruned(kept)), start, gradients)
     jax.tree.map(lambda w, k: np.testing.assert_array_equal(w[~k], 0), masked, kept)
     # From a pruned start, what is kept moves as it would without the mask.
     free = steps(OPTIMIZERS[name], start, gradients)
@@ -126,9 +124,7 @@ def test_sparsity_is_what_was_asked_to_the_entry(few, criterion, scope):
 
 @pytest.mark.parametrize("steps", [1, 12])
 def test_a_convolution_is_as_sparse_as_asked_and_stays_so(few, steps):
-    conv = partial(
-        nnx.Conv, 1, 2, (5, 5), padding="VALID", conv_general_dilated=models.convolve
-    )
+    conv = partial(nnx.Conv, 1, 2, (5, 5), padding="VALID", conv_general_dilated=models.convolve)
     layers = [models.as_picture, ("conv1", conv), models.max_pool, jax.nn.relu, models.flatten]
     network = models.Network([*layers, ("dense1", partial(nnx.Linear, 288, 10))])
     start = jax.vmap(network.init)(jnp.stack([jax.random.key(0)]))

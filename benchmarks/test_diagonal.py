@@ -261,7 +261,7 @@ def _write_the_table():
         for row in (row for name in SHAPES for row in rows if row["network"] == name):
             shown = row | {
                 "seconds": f"{row['seconds']:.3g}",
-                "ratio": f"{row['ratio']:.2g}",
+                "ratio": np.format_float_positional(row["ratio"], 2, fractional=False, trim="-"),
                 "error": f"{row['error']:.1g}",
             }
             if row["method"] == "gauss_newton":

@@ -235,8 +235,7 @@ np.savez(f"{folder}/diagonal{number}.npz", **{k: np.asarray(v) for k, v in diago
 
 
 def python(*arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # XLA's flags too: the same bits
     command = [sys.executable, "-W", "error", *map(str, arguments)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -364,6 +364,16 @@ def test_notebook_cells_fit_a_screen(path):
 
 
 @each_notebook
+def test_cells_that_train_show_a_bar_that_nbval_ignores(path):
+    """With an empty cache the bar stands in the output; with a full one it doesn't."""
+    for cell in code_cells(path):
+        if re.search(r"\btraining\.train\(", cell.source) and re.search(
+            r"\b(replace|Recipe)\(", cell.source
+        ):
+            assert "nbval-ignore-output" in cell.metadata.get("tags", []), cell.source
+
+
+@each_notebook
 def test_notebook_is_tidy(path):
     notebook = nbformat.read(path, 4)
     script("run_notebooks").tidy(notebook)

@@ -105,6 +105,11 @@ def _text(value):
     return f"{value:.6g}" if isinstance(value, float | np.floating) else value
 
 
+def _columns(names, rows):
+    """The table that `save` takes, from its rows."""
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
 # Notebook 02 -------------------------------------------------------------------------------------
 
 
@@ -463,7 +468,7 @@ def accuracy_panels(panels: dict[str, list[Line]], title: str = "", size=(7.5, 4
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
         figure.suptitle(title)
     names = ("panel", "curve", "percent_pruned", "accuracy", "lowest", "highest")
-    return figure, axes[0], dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    return figure, axes[0], _columns(names, rows)
 
 
 def _panel_line(ax, line):
@@ -571,7 +576,7 @@ def kept_panels(panels: dict[str, list[Trail]], ylabel: str, size=(7.5, 7.6), **
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     names = ("panel", "curve", "seed", "percent_kept", "value")
-    return figure, axes[:, 0], dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    return figure, axes[:, 0], _columns(names, rows)
 
 
 def survivors(masks: dict[str, dict[float, np.ndarray]], title: str = ""):
@@ -624,7 +629,7 @@ def filters(kernels: dict[str, np.ndarray], title: str = "", columns: int = 4):
         ax.grid(False)
     figure.suptitle(title, fontsize=12)
     names = ("network", "filter", "row", "column", "weight")
-    return figure, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    return figure, _columns(names, rows)
 
 
 def kept_by_layer(kept: dict[str, dict[str, float]], xlabel: str):
@@ -643,7 +648,7 @@ def kept_by_layer(kept: dict[str, dict[str, float]], xlabel: str):
     ax.legend(fontsize=9.5)
     rows = [(name, layer, share) for name, s in kept.items() for layer, share in s.items()]
     names = ("network", "layer", "percent_kept")
-    return figure, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    return figure, _columns(names, rows)
 
 
 def against_truth(true: np.ndarray, tries: dict[str, np.ndarray], title: str = ""):
@@ -827,13 +832,12 @@ def term_shares(panels: dict, title: str = "", size=(7.5, 4.4), floor: float = 0
         Changes smaller than this are drawn as an empty place.
     """
     figure, axes = new(1, len(panels), size, sharey=True, squeeze=False)
-    table = {name: [] for name in ("panel", "case", *TERMS, "actual")}
+    rows = []
     for ax, (panel, cases) in zip(axes[0], panels.items(), strict=True):
         for place, (case, change) in enumerate(cases.items()):
             values = np.array([getattr(change, term) for term in TERMS])
-            row = (panel, case, *map(float, values), float(change.actual))
-            for column, value in zip(table.values(), row, strict=True):
-                column.append(str(value).replace("\n", " ") if isinstance(value, str) else value)
+            name = str(case).replace("\n", " ")
+            rows.append((panel, name, *map(float, values), float(change.actual)))
             if abs(change.actual) < floor:
                 continue
             shares, edges = values / np.abs(values).sum(), [0.0, 0.0]
@@ -849,7 +853,7 @@ def term_shares(panels: dict, title: str = "", size=(7.5, 4.4), floor: float = 0
     labels = [name for name, _ in TERMS.values()]
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5)
     figure.suptitle(title)
-    return figure, axes[0], table
+    return figure, axes[0], _columns(("panel", "case", *TERMS, "actual"), rows)
 
 
 def predicted_actual(changes: dict, levels, title: str = ""):
@@ -858,15 +862,13 @@ def predicted_actual(changes: dict, levels, title: str = ""):
     line = np.array([1e-6, 10])
     ax.fill_between(line, line / 2, line * 2, color="0.88", lw=0, label="right to a factor of 2")
     ax.plot(line, line, color="0.5", lw=1)
-    table = {name: [] for name in ("criterion", "seed", "percent", "predicted", "actual")}
+    rows = []
     for criterion, change in changes.items():
         colour = COLOURS[criterion]
         for seed, pair in enumerate(zip(change.diagonal, change.actual, strict=True)):
             label = None if seed else NAMES[criterion]
             ax.plot(*pair, "o-", color=colour, ms=3, lw=0.8, label=label)
-            for row in zip(levels, *pair, strict=True):
-                for column, value in zip(table.values(), (criterion, seed, *row), strict=True):
-                    column.append(value)
+            rows += [(criterion, seed, *row) for row in zip(levels, *pair, strict=True)]
         for percent in () if criterion == "random" else (10, 30, 50, 70, 90):
             place = list(levels).index(percent)
             x, y = change.diagonal[0][place], change.actual[0][place]
@@ -876,21 +878,18 @@ def predicted_actual(changes: dict, levels, title: str = ""):
     ax.set(xscale="log", yscale="log", xlim=(1e-6, 3), ylim=(1e-5, 5), title=title)
     ax.set(xlabel="predicted rise of the loss, ½ Σ h δ² (nats)", ylabel="actual rise (nats)")
     ax.legend(loc="lower right")
-    return figure, table
+    return figure, _columns(("criterion", "seed", "percent", "predicted", "actual"), rows)
 
 
 def cross_ratios(panels: dict, levels, title: str = ""):
     """Cross terms over diagonal along the path: panel title -> {recipe's name: [seeds, levels]}."""
     figure, axes = new(1, len(panels), (7.5, 4.6), sharey=True)
-    table = {name: [] for name in ("criterion", "recipe", "seed", "percent", "cross_over_diagonal")}
+    rows = []
     for ax, (panel, ratios) in zip(axes, panels.items(), strict=True):
         for recipe, values in ratios.items():
             band(ax, levels, values, *RECIPES[recipe])
             for seed, row in enumerate(values):
-                for percent, value in zip(levels, row, strict=True):
-                    entry = (panel, recipe, seed, percent, value)
-                    for column, part in zip(table.values(), entry, strict=True):
-                        column.append(part)
+                rows += [(panel, recipe, seed, *point) for point in zip(levels, row, strict=True)]
         ax.axhline(0, color="black", lw=0.8)
         ax.set_yscale("symlog", linthresh=1)
         ax.minorticks_off()
@@ -900,7 +899,8 @@ def cross_ratios(panels: dict, levels, title: str = ""):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5)
     figure.suptitle(title)
-    return figure, table
+    names = ("criterion", "recipe", "seed", "percent", "cross_over_diagonal")
+    return figure, _columns(names, rows)
 
 
 def stale_recomputed(percents, curves: dict, title: str = ""):
@@ -947,23 +947,21 @@ def hessian_picture(scaled_hessian, edges, names, title: str = ""):
 def layer_blocks(panels: dict, names, title: str = ""):
     """Shares of the second-order term by pairs of layers: panel title -> matrix."""
     figure, axes = new(2, -(-len(panels) // 2), (7.5, 7.6))
-    table = {name: [] for name in ("panel", "row", "column", "share")}
+    rows = []
     for ax, (panel, matrix) in zip(np.ravel(axes), panels.items(), strict=True):
         image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1.5, vmax=1.5)
         for (a, b), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.7 else "black"
             text = f"{round(100 * value)}"
             ax.text(b, a, text, ha="center", va="center", fontsize=9, color=colour)
-            entry = (panel, names[a], names[b], value)
-            for column, part in zip(table.values(), entry, strict=True):
-                column.append(part)
+            rows.append((panel, names[a], names[b], value))
         ax.set(title=panel, xticks=range(len(names)), yticks=range(len(names)))
         ax.set_xticklabels(names)
         ax.set_yticklabels(names)
         ax.grid(False)
     figure.colorbar(image, ax=axes, label="share of the diagonal term", shrink=0.5)
     figure.suptitle(title)
-    return figure, table
+    return figure, _columns(("panel", "row", "column", "share"), rows)
 
 
 def rank_scatter(places, rho, title: str = ""):
@@ -990,20 +988,18 @@ PASSES = {
 def scaling_costs(panels: list, title: str = ""):
     """Seconds against what grows: panels of (axis, method -> (sizes, seconds)), from zero."""
     figure, axes = new(2, 2, (7.5, 6.4))
-    table = {name: [] for name in ("grows", "method", "size", "seconds")}
+    rows = []
     for ax, (grows, curves) in zip(axes.flat, panels, strict=True):
         for method, (sizes, seconds) in curves.items():
             label, colour, line = PASSES[method]
             ax.plot(sizes, seconds, line[0], color=colour, label=label)
             fitted = np.array([0, max(sizes)])
             ax.plot(fitted, np.polyval(np.polyfit(sizes, seconds, 1), fitted), color=colour, lw=1)
-            for row in zip(sizes, seconds, strict=True):
-                for column, value in zip(table.values(), (grows, method, *row), strict=True):
-                    column.append(value)
+            rows += [(grows, method, *row) for row in zip(sizes, seconds, strict=True)]
         ax.set(xlabel=grows, ylabel="seconds", xlim=(0, None), ylim=(0, None))
         ax.legend(fontsize=9)
     figure.suptitle(title)
-    return figure, table
+    return figure, _columns(("grows", "method", "size", "seconds"), rows)
 
 
 def scaling_model(table: dict, rate: float, title: str = ""):
@@ -1025,17 +1021,15 @@ def scaling_model(table: dict, rate: float, title: str = ""):
 def scaling_errors(curves: list, title: str = ""):
     """Relative error against draws or probes: (method, label, numbers, errors) for each curve."""
     figure, ax = new()
-    table = {name: [] for name in ("method", "examples", "draws", "relative_error")}
+    rows = []
     for (method, n, numbers, errors), fill in zip(curves, ("full", "none", "full"), strict=False):
         label, colour, line = PASSES[method]
         ax.plot(numbers, errors, line, color=colour, fillstyle=fill, label=f"{label}, {n:,} images")
-        for row in zip(numbers, errors, strict=True):
-            for column, value in zip(table.values(), (method, n, *row), strict=True):
-                column.append(value)
+        rows += [(method, n, *row) for row in zip(numbers, errors, strict=True)]
     ax.set(xscale="log", yscale="log", xlabel="draws an example, or probes", title=title)
     ax.set_ylabel("relative error (2-norm)")
     ax.legend()
-    return figure, table
+    return figure, _columns(("method", "examples", "draws", "relative_error"), rows)
 
 
 def affordable(parameters, seconds: dict, title: str = ""):

@@ -439,6 +439,7 @@ def test_nbval_compares_numbers_and_not_times(tmp_path):
     lines = re.findall(r"^(PASSED|FAILED) (\w+)\.ipynb::Cell 0", done.stdout, re.M)
     found = {name: outcome for outcome, name in lines}
     assert found == {"same": "PASSED", "other": "FAILED", "form": "FAILED"}, done.stdout
+    assert done.returncode == 1
 
 
 def test_a_notebook_reaches_prunelib_by_the_link(tmp_path):

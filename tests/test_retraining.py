@@ -41,6 +41,12 @@ def starts(seeds):
     return jax.vmap(NETWORK.init)(jnp.stack([jax.random.key(seed) for seed in seeds]))
 
 
+def convolutional():
+    conv = partial(nnx.Conv, 1, 2, (5, 5), padding="VALID", conv_general_dilated=models.convolve)
+    layers = [models.as_picture, ("conv1", conv), models.max_pool, jax.nn.relu, models.flatten]
+    return models.Network([*layers, ("dense1", partial(nnx.Linear, 288, 10))])
+
+
 def retrain(data, percents, seeds=(0, 1), recipe=QUICK, **options):
     found = retraining.prune_and_retrain(
         NETWORK, starts(seeds), data, data, percents, recipe, seeds=seeds, **options
@@ -124,9 +130,7 @@ def test_sparsity_is_what_was_asked_to_the_entry(few, criterion, scope):
 
 @pytest.mark.parametrize("steps", [1, 12])
 def test_a_convolution_is_as_sparse_as_asked_and_stays_so(few, steps):
-    conv = partial(nnx.Conv, 1, 2, (5, 5), padding="VALID", conv_general_dilated=models.convolve)
-    layers = [models.as_picture, ("conv1", conv), models.max_pool, jax.nn.relu, models.flatten]
-    network = models.Network([*layers, ("dense1", partial(nnx.Linear, 288, 10))])
+    network = convolutional()
     start = jax.vmap(network.init)(jnp.stack([jax.random.key(0)]))
     recipe = replace(QUICK, steps=steps)
     found = retraining.prune_and_retrain(
@@ -302,10 +306,7 @@ def test_the_shipped_curves_of_lenet5_are_exactly_as_sparse_as_asked(mnist):
 
 
 def test_curves_without_retraining_are_kept_and_found_again(small, monkeypatch):
-    conv = partial(nnx.Conv, 1, 2, (5, 5), padding="VALID")
-    layers = [models.as_picture, ("conv1", conv), models.max_pool, models.flatten]
-    network = models.Network([*layers, ("dense1", partial(nnx.Linear, 288, 10))])
-    monkeypatch.setitem(retraining.STARTS, "lenet5", (lambda: network, QUICK, (0, 1)))
+    monkeypatch.setitem(retraining.STARTS, "lenet5", (convolutional, QUICK, (0, 1)))
     monkeypatch.setattr(retraining, "CURVES_KEPT", (50, 10))
     monkeypatch.setattr(retraining, "SUBSET", 100)
     first = retraining.lenet5_curves(small)

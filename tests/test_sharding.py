@@ -234,7 +234,7 @@ np.savez(f"{folder}/diagonal{number}.npz", **{k: np.asarray(v) for k, v in diago
 """
 
 
-def python(*arguments, **options):
+def python(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # XLA's flags too: the same bits
     command = [sys.executable, "-W", "error", *map(str, arguments)]
     return subprocess.Popen(

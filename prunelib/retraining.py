@@ -279,8 +279,6 @@ class Plan:
         The levels: percent kept.
     scored_on : int or None
         See `prune_and_retrain`.
-    first_seeds : int or None
-        How many of the start's seeds, the first ones, are used; None for all.
     """
 
     start: str
@@ -291,7 +289,6 @@ class Plan:
     learning_rate: float = 5e-3
     kept: tuple[float, ...] = KEPT
     scored_on: int | None = None
-    first_seeds: int | None = None
 
     @property
     def name(self) -> str:
@@ -317,8 +314,7 @@ STARTS = {
 def plans() -> list[Plan]:
     """Every experiment of notebooks 08 and 09, at full scale."""
     fine = dict(kept=(25, 12, 8, 6, 4, 2, 1))
-    modest = dict(steps=250, learning_rate=2e-3, scored_on=2000, first_seeds=1)
-    modest["kept"] = (25, 12, 8, 4, 2, 1)
+    modest = dict(kept=(25, 12, 8, 4, 2, 1), steps=1000, learning_rate=1e-3, scored_on=SUBSET)
     some = dict(one_shot=True, kept=(20, 8, 2))
     found = [Plan("plain", "random")]
     for criterion in ("magnitude", "obd"):
@@ -381,12 +377,11 @@ def _run(plan, mnist) -> Outcome:
     build, recipe, seeds = STARTS[plan.start]
     network = build()
     runs = training.train(network, recipe, mnist.train, seeds)
-    params = jax.tree.map(lambda leaf: leaf[: plan.first_seeds], runs.params)
 
     def through(percents):
         return prune_and_retrain(
-            network, params, mnist.train, mnist.test, percents, plan.retraining, plan.criterion,
-            plan.scope, runs.seeds[: plan.first_seeds], plan.scored_on,
+            network, runs.params, mnist.train, mnist.test, percents, plan.retraining,
+            plan.criterion, plan.scope, runs.seeds, plan.scored_on,
         )  # fmt: skip
 
     if plan.one_shot:  # after pruning look at the first round, after retraining at the last
@@ -465,7 +460,6 @@ def _arrays(found: dict) -> dict:
 
 CURVES = "lenet5-without-retraining"
 CURVES_KEPT = (80, 60, 50, 40, 30, 20, 15, 10, 5)  # percent of the parameters
-CURVES_SEEDS = 1  # the first ones of LeNet-5
 SUBSET = 3000  # examples, the first ones
 
 
@@ -498,13 +492,13 @@ def lenet5_curves(mnist, *, fresh: bool = False) -> dict:
 def _curves_key(mnist) -> dict:
     build, recipe, seeds = STARTS["lenet5"]
     key = training.run_key(build(), recipe, mnist.train, seeds)
-    return key | {"kept": list(CURVES_KEPT), "first_seeds": CURVES_SEEDS, "subset": SUBSET}
+    return key | {"kept": list(CURVES_KEPT), "subset": SUBSET}
 
 
 def _curves(mnist) -> dict:
     build, recipe, seeds = STARTS["lenet5"]
     runs = training.train(build(), recipe, mnist.train, seeds)
-    each = [_curves_of_one(build(), runs.select(i), mnist) for i in range(CURVES_SEEDS)]
+    each = [_curves_of_one(build(), runs.select(i), mnist) for i in range(len(seeds))]
     curves = jax.tree.map(lambda *values: np.stack(values), *each)
     return curves | {"kept": np.array(CURVES_KEPT, float), "megabytes": np.array(_peak_memory())}
 

@@ -310,7 +310,7 @@ def test_curves_without_retraining_are_kept_and_found_again(small, monkeypatch):
     monkeypatch.setattr(retraining, "CURVES_KEPT", (50, 10))
     monkeypatch.setattr(retraining, "SUBSET", 100)
     first = retraining.lenet5_curves(small)
-    assert first["obd-all"].shape == first["subset-layer"].shape == (retraining.CURVES_SEEDS, 2)
+    assert first["obd-all"].shape == first["subset-layer"].shape == (2, 2)
     assert sum(first["left"]["obd-all"].values())[0].tolist() == [1471, 295]
     monkeypatch.setattr(retraining, "_curves", None)  # from here on it must be fetched
     again = retraining.lenet5_curves(small)

@@ -19,7 +19,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## List what make can do
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-run: $(VENV)/.installed ## Execute all notebooks in place, in order, and draw every figure again
+# The notebooks take trained networks and retraining's outcomes from prunelib/runs;
+# FULL=1 makes those again first.
+run: $(VENV)/.installed $(if $(FULL),train) ## Execute all notebooks in place, in order, and draw every figure again; FULL=1 trains first
 	$(VENV)/bin/python scripts/run_notebooks.py
 	$(VENV)/bin/python scripts/make_links.py
 

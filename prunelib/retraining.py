@@ -542,14 +542,15 @@ def _peak_memory() -> float:
 
 def main(names: Sequence[str] = ()) -> None:
     """Make what is shipped again from its seeds: the named parts, or all, one process for each."""
+    by_name = {plan.name: plan for plan in plans()}
+    known = ["lenet300", "lenet5", *by_name, CURVES]
     if not names:
-        names = ["lenet300", "lenet5", *(plan.name for plan in plans()), CURVES]
-        for name in names:
+        for name in known:
             subprocess.run([sys.executable, "-m", "prunelib.retraining", name], check=True)
         return
     mnist = load_mnist()
-    by_name = {plan.name: plan for plan in plans()}
     for name in names:
+        checks.one_of("name", name, known)
         if name == CURVES:
             found = _curves(mnist)
             _save(found, SHIPPED / f"{name}.json", _curves_key(mnist))

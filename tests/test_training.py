@@ -261,9 +261,8 @@ def test_the_series_is_shipped(network_and_recipe, no_training, cache):
     assert runs.history["step"][-1] == recipe.steps
     assert not cache.exists(), "what is shipped is not kept again"
     accuracy, _ = pruning.evaluate(build(), runs.select(0), mnist.test)
-    # 2016's dropout recipe stops long before it has converged
-    least = {"plain": 0.97, "fair_dropout": 0.97, "plain_2016": 0.93, "dropout_2016": 0.5}
-    assert accuracy > least[recipe.name]
+    least = {"plain": 0.97, "fair_dropout": 0.97, "plain_2016": 0.93}
+    assert accuracy > least.get(recipe.name, 0.5)  # the others stop long before they converge
 
 
 def shifted(x):

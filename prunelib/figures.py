@@ -632,22 +632,22 @@ def filters(kernels: dict[str, np.ndarray], title: str = "", columns: int = 4):
     return figure, _columns(names, rows)
 
 
-def kept_by_layer(kept: dict[str, dict[str, float]], xlabel: str):
-    """Bars: the share of each layer that is kept, in percent (network -> layer -> share)."""
+def kept_by_layer(kept: dict[str, dict[str, float]], xlabel: str, title: str = ""):
+    """Bars: the share of each layer that is kept, in percent (criterion -> layer -> share)."""
     figure, ax = new(size=(7.5, 3.6))
-    colours = [COLOURS[name] for name in ("light", "magnitude", "accent", "obd", "other")]
     layers = list(next(iter(kept.values())))
     height = 0.8 / len(kept)
-    for number, ((name, shares), colour) in enumerate(zip(kept.items(), colours, strict=False)):
+    for number, (criterion, shares) in enumerate(kept.items()):
         places = np.arange(len(layers)) + (number - (len(kept) - 1) / 2) * height
-        bars = ax.barh(places, shares.values(), height, color=colour, label=name)
+        style = dict(color=COLOURS[criterion], label=NAMES[criterion])
+        bars = ax.barh(places, shares.values(), height, **style)
         ax.bar_label(bars, fmt="%.1f", fontsize=8.5, padding=2)
     ax.set_yticks(range(len(layers)), layers)
     ax.invert_yaxis()
-    ax.set_xlabel(xlabel)
+    ax.set(xlabel=xlabel, title=title)
     ax.legend(fontsize=9.5)
-    rows = [(name, layer, share) for name, s in kept.items() for layer, share in s.items()]
-    names = ("network", "layer", "percent_kept")
+    rows = [(c, layer, share) for c, s in kept.items() for layer, share in s.items()]
+    names = ("criterion", "layer", "percent_kept")
     return figure, _columns(names, rows)
 
 

@@ -81,6 +81,9 @@ _AS_IN_2016 = dict(steps=50_000, decay=False, std=0.02, summed=True, held_out=50
 PLAIN_2016 = Recipe("plain_2016", learning_rate=1e-4, **_AS_IN_2016)
 DROPOUT_2016 = Recipe("dropout_2016", learning_rate=1e-5, keep=0.8, **_AS_IN_2016)
 SHORT_2016 = dataclasses.replace(PLAIN_2016, name="short_2016", steps=5000)
+SHORTER_2016 = dataclasses.replace(PLAIN_2016, name="shorter_2016", steps=1500)
+PLAIN_TENTH = dataclasses.replace(PLAIN, name="plain_tenth", steps=2000)
+PLAIN_HUNDREDTH = dataclasses.replace(PLAIN, name="plain_hundredth", steps=200)
 
 
 @dataclass(frozen=True)
@@ -481,7 +484,9 @@ def _first_line(error: Exception) -> str:
 
 # The runs of the series --------------------------------------------------------------------------
 
-SERIES = [(mlp, r) for r in (PLAIN, FAIR_DROPOUT, PLAIN_2016, DROPOUT_2016, SHORT_2016)]
+_WHOLE = (PLAIN, FAIR_DROPOUT, PLAIN_2016, DROPOUT_2016)
+_CUT_SHORT = (SHORT_2016, SHORTER_2016, PLAIN_TENTH, PLAIN_HUNDREDTH)
+SERIES = [(mlp, recipe) for recipe in (*_WHOLE, *_CUT_SHORT)]
 
 
 def main(names: Sequence[str] = ()) -> None:

@@ -949,17 +949,17 @@ def layer_blocks(panels: dict, names, title: str = ""):
     figure, axes = new(2, -(-len(panels) // 2), (7.5, 7.6))
     rows = []
     for ax, (panel, matrix) in zip(np.ravel(axes), panels.items(), strict=True):
-        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1.5, vmax=1.5)
+        image = ax.imshow(100 * np.asarray(matrix), cmap="RdBu_r", vmin=-150, vmax=150)
         for (a, b), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.7 else "black"
             text = f"{round(100 * value)}"
             ax.text(b, a, text, ha="center", va="center", fontsize=9, color=colour)
             rows.append((panel, names[a], names[b], value))
-        ax.set(title=panel, xticks=range(len(names)), yticks=range(len(names)))
-        ax.set_xticklabels(names)
-        ax.set_yticklabels(names)
+        ax.set(title=panel, xlabel="layer", ylabel="layer")
+        ax.set_xticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), names)
         ax.grid(False)
-    figure.colorbar(image, ax=axes, label="share of the diagonal term", shrink=0.5)
+    figure.colorbar(image, ax=axes, label="% of the diagonal term", shrink=0.5)
     figure.suptitle(title)
     return figure, _columns(("panel", "row", "column", "share"), rows)
 
@@ -1026,7 +1026,7 @@ def scaling_errors(curves: list, title: str = ""):
         label, colour, line = PASSES[method]
         ax.plot(numbers, errors, line, color=colour, fillstyle=fill, label=f"{label}, {n:,} images")
         rows += [(method, n, *row) for row in zip(numbers, errors, strict=True)]
-    ax.set(xscale="log", yscale="log", xlabel="draws an example, or probes", title=title)
+    ax.set(xscale="log", yscale="log", xlabel="draws per example, or probes", title=title)
     ax.set_ylabel("relative error (2-norm)")
     ax.legend()
     return figure, _columns(("method", "examples", "draws", "relative_error"), rows)

@@ -129,7 +129,7 @@ def digits(images, labels, columns: int = 10):
 
 
 RECIPES = {
-    "plain": ("plain", COLOURS["magnitude"], "-"),
+    "plain": ("plain", COLOURS["obd"], "-"),
     "fair_dropout": ("fair dropout", COLOURS["dropout"], "-"),
     "plain_2016": ("plain, 2016", COLOURS["accent"], "--"),
     "dropout_2016": ("dropout, 2016", COLOURS["other"], "--"),
@@ -355,7 +355,7 @@ def closer_look(accuracy, confusion, survivors, images, captions):
     figure = plt.figure(figsize=(7.5, 3.7), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[3, 3, 1.2])
     figure.suptitle(f"test accuracy {accuracy:.3f}")
-    ax = left.add_subplot(title="answers by label")
+    ax = left.add_subplot(title="answers by label (log scale)")
     ax.imshow(np.log1p(confusion), cmap="Blues")
     ax.set(xlabel="answer", ylabel="label", xticks=range(10), yticks=range(10))
     ax = middle.add_subplot(title="weights left at each pixel")

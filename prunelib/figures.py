@@ -206,6 +206,7 @@ def probe_errors(probes, errors, claimed, ranked):
     guide = errors[0] * np.sqrt(probes[0] / np.array(probes))
     left.loglog(probes, guide, "--", color=COLOURS["random"], lw=1, label="1/√m")
     left.set(xlabel="probes m", ylabel="relative error", title="Halved by four times the probes")
+    left.set_yticks([0.5, 1, 2, 4, 8], [0.5, 1, 2, 4, 8])
     left.legend()
     for (share, found), marker in zip(ranked.items(), "o^s", strict=False):
         right.semilogx(
@@ -243,18 +244,18 @@ def pixel_maps(named: dict, title: str):
 def saliency_histograms(saliencies: dict, zeros: dict):
     """log10 of the saliencies of each layer, exact zeros counted in the legend."""
     figure, ax = new(size=(7.5, 4.2))
-    edges = np.arange(-16, 0.01, 0.5)
+    edges = np.arange(-16, -0.99, 0.5)  # what is smaller goes into the first bin
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(saliencies)))
     table = {"log10_from": edges[:-1].tolist()}
     for (name, values), colour in zip(saliencies.items(), colours, strict=True):
         values = np.asarray(values).ravel()
-        counts, _ = np.histogram(np.log10(values[values > 0]), edges)
+        counts, _ = np.histogram(np.log10(values[values > 0]).clip(edges[0], edges[-1]), edges)
         share = counts / values.size
         label = f"{name} ({values.size:,} weights, {zeros[name]:.0%} exact zeros)"
         ax.stairs(share, edges, color=colour, lw=2, label=label)
         table[name] = share.tolist()
     ax.set(xlabel="log10 of the saliency (nats)", ylabel="share of the layer's weights",
-           title="The later the layer, the more a weight matters")  # fmt: skip
+           title="A weight of the first layer matters least, one of the last layer most")  # fmt: skip
     ax.legend(fontsize=9, loc="upper left")
     return figure, table
 
@@ -670,7 +671,7 @@ def against_truth(true: np.ndarray, tries: dict[str, np.ndarray], title: str = "
 
 # Notebook 01 -------------------------------------------------------------------------------------
 
-PRUNING_STEPS = {"w1": COLOURS["magnitude"], "w2": COLOURS["obd"], "both": COLOURS["published"]}
+PRUNING_STEPS = {"w1": COLOURS["other"], "w2": COLOURS["other"], "both": COLOURS["published"]}
 PRICE_TAGS = {  # alignment, and offset from the arrow's tip in points
     "w1": ("right", "bottom", (4, 7)),
     "w2": ("left", "top", (2, -4)),
@@ -733,7 +734,7 @@ def two_slices(loss, w, hessian):
             table[name] += list(column)
     axes[0].set_ylabel("loss (nats)")
     axes[1].legend(loc="upper center", fontsize=9)
-    figure.suptitle("The parabolas tell the dear weight from the cheap one, and are too low")
+    figure.suptitle("The parabolas tell the dear weight from the cheap one, and are too low at zero")
     return figure, table
 
 

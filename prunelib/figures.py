@@ -254,8 +254,8 @@ def saliency_histograms(saliencies: dict, zeros: dict):
         label = f"{name} ({values.size:,} weights, {zeros[name]:.0%} exact zeros)"
         ax.stairs(share, edges, color=colour, lw=2, label=label)
         table[name] = share.tolist()
-    ax.set(xlabel="log10 of the saliency (nats)", ylabel="share of the layer's weights",
-           title="A weight of the first layer matters least, one of the last layer most")  # fmt: skip
+    ax.set(xlabel="log10 of the saliency (nats)", ylabel="share of the layer's weights")
+    ax.set_title("A weight of the first layer matters least, one of the last layer most")
     ax.legend(fontsize=9, loc="upper left")
     return figure, table
 
@@ -734,7 +734,7 @@ def two_slices(loss, w, hessian):
             table[name] += list(column)
     axes[0].set_ylabel("loss (nats)")
     axes[1].legend(loc="upper center", fontsize=9)
-    figure.suptitle("The parabolas tell the dear weight from the cheap one, and are too low at zero")
+    figure.suptitle("Each parabola is right near the minimum, and too low at zero")
     return figure, table
 
 

@@ -18,18 +18,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
-# The figure that stands for each notebook, and what it shows, for those who can't see it.
+# The figures that stand for the notebooks, and what they show, for those who can't see them.
 THUMBNAILS = {
-    "01": ("taylor_contours", "Rise of the loss over two weights, true and quadratic"),
-    "02": ("digits", "The first 20 training images"),
-    "03": ("saliency_pixels", "Saliency, magnitude and share of zero curvature at each pixel"),
-    "04": ("pruning_to_99", "Test accuracy by percent remaining, for five rankings"),
-    "05": ("result2", "Test accuracy by percent remaining, with and without dropout"),
-    "06": ("detective_index_order", "Accuracy by percent pruned: published, run again, corrected"),
-    "07": ("terms_by_criterion", "Share of each Taylor term in the rise of the loss"),
-    "08": ("retraining", "Test accuracy by percent kept, without retraining and with it"),
-    "09": ("shared_weights", "True curvature of shared weights against two computed ones"),
-    "10": ("scaling_model", "Seconds of one pass against the operations counted"),
+    "taylor_contours": "Rise of the loss over two weights, true and quadratic",
+    "digits": "The first 20 training images",
+    "saliency_pixels": "Saliency, magnitude and share of zero curvature at each pixel",
+    "pruning_to_99": "Test accuracy by percent remaining, for five rankings",
+    "result2": "Test accuracy by percent remaining, with and without dropout",
+    "detective_index_order": "Accuracy by percent pruned: published, run again, corrected",
+    "terms_by_criterion": "Share of each Taylor term in the rise of the loss",
+    "retraining": "Test accuracy by percent kept, without retraining and with it",
+    "shared_weights": "True curvature of shared weights against two computed ones",
+    "scaling_model": "Seconds of one pass against the operations counted",
 }
 BOLD_QUESTION = re.compile(r"\*\*([^*]+\?)\*\*|\*\*The question\.\*\*\s+([^*]+?\?)(?=\s)")
 
@@ -71,11 +71,12 @@ def figures_of(path: Path) -> list[str]:
 
 def thumbnail(path: Path, title: str) -> str:
     """A small picture with its alternative text; of a new notebook, its first one."""
-    first = next(iter(figures_of(path)), "")
-    name, alt = THUMBNAILS.get(path.name[:2], (first, title))
-    if name not in ("", *figures_of(path)):
-        raise ValueError(f"{path.name} saves no figure {name!r}, see THUMBNAILS")
-    return f'<img src="figures/{name}.png" width="120" alt="{alt}">' if name else ""
+    saved = figures_of(path)
+    if not saved:
+        return ""
+    name = next((name for name in saved if name in THUMBNAILS), saved[0])
+    alt = THUMBNAILS.get(name, title).replace('"', "'")
+    return f'<img src="figures/{name}.png" width="120" alt="{alt}">'
 
 
 def notebook_table(paths: list[Path], measured: Path) -> str:

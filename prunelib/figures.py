@@ -254,7 +254,8 @@ def saliency_histograms(saliencies: dict, zeros: dict):
         label = f"{name} ({values.size:,} weights, {zeros[name]:.0%} exact zeros)"
         ax.stairs(share, edges, color=colour, lw=2, label=label)
         table[name] = share.tolist()
-    ax.set(xlabel="log10 of the saliency (nats)", ylabel="share of the layer's weights")
+    ax.set(ylabel="share of the layer's weights")
+    ax.set_xlabel("log10 of the saliency (nats); the first bin holds all that is smaller")
     ax.set_title("A weight of the first layer matters least, one of the last layer most")
     ax.legend(fontsize=9, loc="upper left")
     return figure, table
@@ -691,7 +692,7 @@ def _valley(ax, one, two, rise, w, prune, labels):
         ax.annotate("", end, np.asarray(w), arrowprops=arrow)
         ha, va, offset = PRICE_TAGS[name]
         tag = ax.annotate(labels[name], end, offset, textcoords="offset points", ha=ha, va=va)
-        tag.set(color=colour, fontsize=10, fontweight="bold")
+        tag.set(fontsize=10, fontweight="bold")
         tag.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
     ax.plot(*np.asarray(w), "ko")
     ax.set(xlabel="weight $w_1$")

@@ -142,7 +142,7 @@ def prune_and_retrain(
     percents : sequence of numbers
         Percent pruned after each round, never falling.
     recipe : Recipe
-        How a round retrains; its `std` is not used.
+        How a round retrains; its `std`, `summed` and `held_out` are not used.
     criterion : {"magnitude", "obd", "random"}
     scope : {"all", "layer"}
         See `pruning.ranks`.
@@ -154,13 +154,18 @@ def prune_and_retrain(
     Raises
     ------
     ValueError
-        If `percents` falls or is empty, `criterion` or `scope` is unknown, or the leading axis of
-        `params` is not as long as `seeds`; see also `checks.network_inputs`.
+        If `percents` falls, is empty or not from 0 to 100, `criterion` or `scope` is unknown,
+        `scored_on` is less than 1, or the leading axis of `params` is not as long as `seeds`; see
+        also `checks.network_inputs`.
     FloatingPointError
-        If retraining diverged.
+        If retraining diverged, or scores are NaN, infinite or all exactly zero.
     """
     seeds = tuple(int(seed) for seed in seeds)
     one = _check(network, params, train, percents, recipe, criterion, seeds)
+    for percent in percents:
+        pruning.counts(one, percent, scope)
+    if scored_on is not None:
+        checks.whole("scored_on", scored_on)
     data = jax.device_put(collected(train))
     scored = jax.tree.map(lambda x: x[:scored_on], data)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
@@ -170,7 +175,10 @@ def prune_and_retrain(
         if percent > last:
             limits = jax.tree.map(jnp.int32, pruning.counts(one, percent, scope))
             fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number))(keys)
-            kept, params = _prune(network, criterion, scope, params, kept, limits, scored, fresh)
+            kept, params, sound = _prune(
+                network, criterion, scope, params, kept, limits, scored, fresh
+            )
+            _check_scores(criterion, percent, sound)
             last = percent
         before = [_test(network, params, test, i)[0] for i in range(len(seeds))]
         fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number + 1))(keys)
@@ -205,6 +213,16 @@ def _check(network, params, train, percents, recipe, criterion, seeds):
     return one
 
 
+def _check_scores(criterion, percent, sound):
+    """`sound` has a bool for each seed: whether its scores are finite, and not all zero."""
+    if not np.all(sound):
+        raise FloatingPointError(
+            f"the {criterion} scores before {percent} % are NaN, infinite or all exactly zero for "
+            f"seeds number {np.flatnonzero(~np.asarray(sound)).tolist()}, so that nothing would be "
+            "ranked; train with a smaller learning rate, or rank by magnitude"
+        )
+
+
 def _test(network, params, test, index):
     one = jax.tree.map(lambda leaf: leaf[index], params)
     return pruning.evaluate(network, one, test, batch_size=250)
@@ -216,10 +234,12 @@ def _prune(network, criterion, scope, params, kept, limits, examples, keys):
 
     def of_one(params, kept, key):
         scores = CRITERIA[criterion](network, params, examples, key)
+        flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(scores)])
+        sound = jnp.isfinite(flat).all() & (flat != 0).any()
         scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
         places = pruning.ranks(scores, scope)
         kept = jax.tree.map(lambda place, limit: place >= limit, places, limits)
-        return kept, pruning.apply_mask(params, kept)
+        return kept, pruning.apply_mask(params, kept), sound
 
     return jax.lax.map(lambda seed: of_one(*seed), (params, kept, keys))
 

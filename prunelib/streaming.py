@@ -40,7 +40,7 @@ def chunks(source: Any, size: int = 10_000) -> Iterator[Examples]:
     """
     checks.whole("size", size)
     if hasattr(source, "images"):
-        checks.examples(source)
+        source = collected(source)  # without what fills it up
         return (
             Examples(*(x[i : i + size] for x in (source.images, source.labels)))
             for i in range(0, len(source.labels), size)
@@ -145,6 +145,8 @@ def mean(
         several processes.
     TypeError
         If a chunk is no `Examples`.
+    FloatingPointError
+        If the mean is NaN or infinite.
     """
     checks.whole("every", every)
     if folder is not None and jax.process_count() > 1:
@@ -172,20 +174,23 @@ def mean(
                 kept = None
         if kept is not None and number == kept[1]["chunks"]:
             _same_stream(folder, kept[1], seen, read)
-            total, kept = jax.tree.structure(value).unflatten(kept[0]["sum"]), None
+            leaves = map(np.asarray, kept[0]["sum"])  # a number comes back as a plain float
+            total, kept = jax.tree.structure(value).unflatten(leaves), None
         elif kept is None and folder is not None and number % every == 0:
             record = {"key": key, "chunks": number, "seen": seen, "read": _hex(read)}
             _keep(folder, {"sum": jax.tree.leaves(total), "first": first}, record)
-    if kept is not None:
-        _same_stream(folder, kept[1], seen, read)
+    if kept is not None:  # the stream ended before the chunk up to which it is of
+        _another_stream(folder, kept[1])
     if total is None:
         raise ValueError("chunks: there are none; make a new iterator, each serves only once")
     if folder is not None:
         _remove(_sums(folder))
         with contextlib.suppress(OSError):
             folder.rmdir()
-    dtypes = jax.tree.map(jnp.result_type, value)
-    return jax.tree.map(lambda x, dtype: jnp.asarray(x / seen, dtype), total, dtypes)
+    # A mean of whole numbers is none.
+    dtypes = jax.tree.map(lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32), value)
+    found = jax.tree.map(lambda x, dtype: jnp.asarray(x / seen, dtype), total, dtypes)
+    return checks.finite("the mean", found)
 
 
 # Partial sums: each in a folder named by its number of chunks ------------------------------------
@@ -203,16 +208,20 @@ def _hex(read):
 
 def _same_stream(folder, record, seen, read):
     if (seen, _hex(read)) != (record["seen"], record["read"]):
-        raise ValueError(
-            f"chunks: the sum kept in {folder} is of {record['seen']} examples in "
-            f"{record['chunks']} chunks, and these are others (or fewer); pass the same stream "
-            "from its start, or delete that folder"
-        )
+        _another_stream(folder, record)
+
+
+def _another_stream(folder, record):
+    raise ValueError(
+        f"chunks: the sum kept in {folder} is of {record['seen']} examples in "
+        f"{record['chunks']} chunks, and these are others (or fewer); pass the same stream "
+        "from its start, or delete that folder"
+    )
 
 
 def _alike(one, two):
     return len(one) == len(two) and all(
-        a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
+        np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
         for a, b in zip(one, two, strict=True)
     )
 

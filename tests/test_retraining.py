@@ -207,12 +207,25 @@ def test_dropout_and_seed_matter(few):
         (dict(scope="row"), "scope: 'row' is unknown"),
         (dict(seeds=(0,)), "params: expected a leading axis over the 1 seeds"),
         (dict(recipe=replace(QUICK, batch=999)), "train: 400 examples do not fill a batch of 999"),
+        (dict(percents=[float("nan")]), "percent"),
+        (dict(percents=[-5]), "percent"),
+        (dict(percents=[0], scope="bogus"), "scope"),
+        (dict(scored_on=-5), "scored_on"),
     ],
 )
 def test_bad_input_is_refused(few, change, message):
     good = dict(percents=[50], recipe=QUICK, seeds=(0, 1))
     with pytest.raises(ValueError, match=message):
         retraining.prune_and_retrain(NETWORK, starts((0, 1)), few, few, **good | change)
+
+
+def test_scores_that_rank_nothing_are_refused(few):
+    """A saturated network: no loss, no curvature, and a ranking would be the order of indices."""
+    params = jax.tree.map(lambda leaf: 1e4 * leaf, starts((0, 1)))
+    one = jax.tree.map(lambda leaf: leaf[0], params)
+    sure = Examples(few.images, np.asarray(NETWORK.apply(one, few.images).argmax(1)))
+    with pytest.raises(FloatingPointError, match=r"the obd scores before 50 %.*all exactly zero"):
+        retraining.prune_and_retrain(NETWORK, params, sure, sure, [50], QUICK, seeds=(0, 1))
 
 
 def test_divergence_is_an_error(few):

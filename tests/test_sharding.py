@@ -500,3 +500,51 @@ def test_bad_streams_are_refused():
         streaming.hessian_diagonal(NETWORK, PARAMS, parts(), "newton")
     with pytest.raises(FloatingPointError, match="NaN"):
         streaming.hessian_diagonal(NETWORK, jax.tree.map(lambda w: w * jnp.nan, PARAMS), parts())
+
+
+def test_a_stream_leaves_out_what_fills_up():
+    some = Examples(*(array[:50] for array in STREAM))
+    found = streaming.hessian_diagonal(NETWORK, PARAMS, streaming.chunks(data.filled(some, 80), 20))
+    assert_close(curvature.hessian_diagonal(NETWORK, PARAMS, some), found)
+
+
+def test_the_mean_of_whole_numbers_is_none_and_nan_is_refused():
+    chunks = [Examples(STREAM.images[i : i + 1], STREAM.labels[i : i + 1]) for i in range(10)]
+    found = streaming.mean(lambda chunk: int(chunk.labels[0]), chunks)
+    assert float(found) == pytest.approx(np.mean(STREAM.labels[:10]))
+    with pytest.raises(FloatingPointError, match="the mean"):
+        streaming.mean(lambda chunk: np.float32("nan"), chunks)
+
+
+def test_a_number_goes_on_too(tmp_path):
+    def measure(chunk):
+        return chunk.labels.mean()
+
+    with pytest.raises(Interrupted):
+        streaming.mean(measure, until(parts(), 5), folder=tmp_path / "sum", every=2)
+    found = streaming.mean(measure, parts(), folder=tmp_path / "sum")
+    assert float(found) == pytest.approx(np.mean(STREAM.labels))
+
+
+def test_a_stream_in_fewer_chunks_is_refused(tmp_path):
+    """The same examples and the same first share, but the chunk the sum goes up to never comes."""
+    labels = np.where(np.arange(len(STREAM.labels)) < 30, 0, 1)
+    same, folder = Examples(STREAM.images, labels), tmp_path / "sum"
+
+    def measure(chunk):
+        return {"x": np.array([chunk.labels.mean()])}
+
+    chunks = until(streaming.chunks(same, 10), 9)
+    with pytest.raises(Interrupted):
+        streaming.mean(measure, chunks, folder=folder, every=8)
+    with pytest.raises(ValueError, match="and these are others"):
+        streaming.mean(measure, streaming.chunks(same, 20), folder=folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_images_count_alike(dtype):
+    images = np.tile(np.asarray(STREAM.images[:10], dtype), (7000, 1))
+    labels = np.tile(STREAM.labels[:10], 7000)
+    half, single = (Examples(jnp.asarray(images, d), labels) for d in (dtype, jnp.float32))
+    losses = [pruning.evaluate(NETWORK, PARAMS, e)[1] for e in (half, data.filled(half, 70_001))]
+    assert losses == pytest.approx([pruning.evaluate(NETWORK, PARAMS, single)[1]] * 2, rel=2e-2)

@@ -21,7 +21,7 @@ help: ## List what make can do
 
 # The notebooks take trained networks and retraining's outcomes from prunelib/runs;
 # FULL=1 makes those again first.
-run: $(VENV)/.installed $(if $(FULL),train) ## Execute all notebooks in place, in order, and draw every figure again; FULL=1 trains first
+run: $(VENV)/.installed $(if $(FULL),train) ## Execute all notebooks in place, two at a time, and draw every figure again; FULL=1 trains first
 	$(VENV)/bin/python scripts/run_notebooks.py
 	$(VENV)/bin/python scripts/make_links.py
 

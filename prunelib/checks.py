@@ -144,6 +144,23 @@ def whole(name: str, value: Any) -> None:
         )
 
 
+def seeds(value: Any) -> tuple[int, ...]:
+    """The seeds as a tuple of integers, or an error if there are none or one is no 32-bit number.
+
+    `jax.random.key` drops the bits beyond: it would take 2**32 for 0, and give the same network.
+    """
+    found = tuple(value) if np.iterable(value) else (value,)
+    if not found or not all(
+        isinstance(s, int | np.integer) and not isinstance(s, bool) and 0 <= s < 2**32
+        for s in found
+    ):
+        raise ValueError(
+            f"seeds: expected at least one integer, each from 0 to 2**32 - 1, got {value}; "
+            "pass range(5)"
+        )
+    return tuple(int(seed) for seed in found)
+
+
 def network_inputs(network: Any, values: Any, data: Any, batch: int | None = None) -> None:
     """Raise unless network, params, examples and batch size fit together."""
     if not callable(getattr(network, "apply", None)):
@@ -171,12 +188,20 @@ def network_inputs(network: Any, values: Any, data: Any, batch: int | None = Non
         )
     labels(data.labels, logits.shape[1], "examples.labels")
     if not is_traced((values, data.images)):
-        rows = network.apply(values, jnp.stack([jnp.asarray(data.images[0])] * 4))
+        first = jnp.asarray(data.images[0])
+        rows = np.asarray(network.apply(values, jnp.stack([first] * 4)))
         finite("network: the logits of the first image", rows)
-        if not bool(jnp.allclose(rows, rows[:1], rtol=1e-3, atol=1e-3)):
+        if not np.allclose(rows, rows[:1], rtol=1e-3, atol=1e-3):
             raise ValueError(
                 "network: apply gives four copies of one image different logits; "
                 "switch dropout off for measuring"
+            )
+        blank = jnp.zeros_like(first)
+        among_others = np.asarray(network.apply(values, jnp.stack([first, blank, blank, blank])))
+        if not np.allclose(among_others[0], rows[0], rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "network: apply gives the first image other logits among other images; "
+                "switch batch normalization to its running averages for measuring"
             )
 
 

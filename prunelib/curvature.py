@@ -364,7 +364,44 @@ def lecun1990(network, params, examples, loss, batch_size=None):
             'network: method "lecun1990" needs a chain of nnx.Linear and nnx.Conv layers; '
             'use "gauss_newton" or "one_hot"'
         )
+    for function, x in _functions(network, params, examples):
+        if not _unit_by_unit(function, x):
+            raise ValueError(
+                f'network: method "lecun1990" follows each unit by itself, and '
+                f"{getattr(function, '__name__', function)} mixes units (or scales while it moves "
+                'them); use "neuron", "gauss_newton" or "one_hot"'
+            )
     return _lecun1990(network, loss, batch_size or 1000, params, examples)
+
+
+def _functions(network, params, examples):
+    """The functions between the layers, and the shape that each is given for one example."""
+    x = jax.eval_shape(lambda images: scaled(images[:1]), examples.images)
+    for layer in network.layers:
+        if not layer.name:
+            yield layer.function, x
+        x = jax.eval_shape(layer, params, x)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _two_sides(function, like):
+    x, v = jax.random.normal(jax.random.key(0), (2, *like.shape), like.dtype)
+
+    def push(v):
+        return jax.jvp(function, (x,), (v,))[1]
+
+    if push(v).shape == v.shape:
+        return push(v), push(jnp.ones_like(v)) * v
+    return push(v) ** 2, push(v**2)
+
+
+def _unit_by_unit(function, like) -> bool:
+    """Whether a function acts on each number by itself or, if the shape changes, only moves them.
+
+    Its Jacobian at a random point must be diagonal, ``J v = (J 1) ⊙ v`` for a random v; or must
+    have at most a single 1 in each row, ``J v² = (J v)²``.
+    """
+    return bool(jnp.allclose(*_two_sides(function, like), rtol=1e-4, atol=1e-4, equal_nan=True))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -420,7 +457,9 @@ class Estimate(NamedTuple):
     standard_error: Any
 
 
-def hutchinson(network, params, examples, loss, batch_size=None, *, probes=64, key=None):
+def hutchinson(
+    network, params, examples, loss=cross_entropy, batch_size=None, *, probes=64, key=None
+):
     """The mean of ``v ⊙ H v`` over random ±1 vectors v [4]_; see `hutchinson_estimate`."""
     return hutchinson_estimate(
         network, params, examples, loss, batch_size, probes=probes, key=key
@@ -544,7 +583,7 @@ def _is_plain_conv(layer, params) -> bool:
         return False
     conv = layer.module(params)
     plain = all(d in (1, None, (1, 1)) for d in (conv.kernel_dilation, conv.input_dilation))
-    return plain and conv.feature_group_count == 1 and isinstance(conv.padding, str)
+    return plain and conv.feature_group_count == 1 and conv.padding in ("SAME", "VALID")
 
 
 def _has_fast_layers(network, params, examples) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -87,9 +88,14 @@ def save(figure, name: str, table: dict[str, list], note: str = "") -> None:
             f"table: columns must have one length, more than 0, got {lengths}; "
             "give one value of each column for each row"
         )
-    for column, values in table.items():
-        numbers = np.array([v for v in values if isinstance(v, float | np.floating)])
-        checks.finite(f"table: column {column!r}", numbers)
+    columns = {column: [np.asarray(value) for value in values] for column, values in table.items()}
+    for column, values in columns.items():
+        if any(value.ndim for value in values):
+            raise ValueError(
+                f"table: column {column!r} has arrays in its rows; give a column for each place"
+            )
+        numbers = [value for value in values if jnp.issubdtype(value.dtype, jnp.floating)]
+        checks.finite(f"table: column {column!r}", np.array(numbers, float))
     FOLDER.mkdir(exist_ok=True)
     with plt.rc_context(STYLE):
         figure.savefig(FOLDER / f"{name}.png", metadata={"Software": None})
@@ -98,11 +104,11 @@ def save(figure, name: str, table: dict[str, list], note: str = "") -> None:
             file.write(f"# {note}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(table)
-        writer.writerows(zip(*(map(_text, column) for column in table.values()), strict=True))
+        writer.writerows(zip(*(map(_text, column) for column in columns.values()), strict=True))
 
 
 def _text(value):
-    return f"{value:.6g}" if isinstance(value, float | np.floating) else value
+    return f"{value:.6g}" if jnp.issubdtype(value.dtype, jnp.floating) else value.item()
 
 
 def _columns(names, rows):

@@ -199,9 +199,11 @@ def mlp(
             "the inputs come first, the classes last"
         )
     linear = partial(nnx.Linear, kernel_init=jax.nn.initializers.he_normal())
+    digits = len(str(len(widths) - 1))  # dense01 where there are ten: names are in order
     layers = []
     for number, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
-        layers += [(f"dense{number}", partial(linear, fan_in, fan_out)), activation, dropout_here]
+        name = f"dense{number:0{digits}}"
+        layers += [(name, partial(linear, fan_in, fan_out)), activation, dropout_here]
     return Network(layers[:-2])
 
 
@@ -280,8 +282,8 @@ def lenet5() -> Network:
 
 
 def _flat_order(network: Network) -> list[tuple[str, str]]:
-    names = [layer.name for layer in network.layers if layer.name]
-    return [(name, kind) for kind in ("kernel", "bias") for name in names]
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    return [(name, kind) for kind in ("kernel", "bias") for name in shapes if kind in shapes[name]]
 
 
 def params_from_flat(flat: np.ndarray, network: Network | None = None) -> Params:

@@ -57,7 +57,7 @@ def mean_over_batches(
         If the examples are not what `Examples` says, or `batch_size` is less than 1.
     """
     checks.examples(examples)
-    checks.batch_size(batch_size)
+    checks.whole("batch_size", batch_size)
     n, mesh = len(examples.labels), jax.typeof(examples.images).sharding.mesh
     devices = 1 if mesh.empty or n % mesh.size else mesh.size
     share = n // devices

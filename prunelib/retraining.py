@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
 
     Raises
     ------
-    ValueError
-        At `update`, if it is given no params.
+    TypeError, ValueError
+        If `kept` holds anything but booleans; at `update`, if it is given no params, or `kept` is
+        not shaped like them.
 
     Examples
     --------
@@ -60,9 +61,15 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
     0.0
     """
 
+    for leaf in jax.tree.leaves(kept):
+        if getattr(leaf, "dtype", None) != np.dtype(bool):
+            found = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(f"kept: expected booleans, got {found}; make masks by pruning.mask")
+
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("params: keep_pruned needs them; call update(gradient, state, params)")
+        checks.same_tree("kept", kept, "params", params)
         masked = jax.tree.map(lambda k, u, w: jnp.where(k, u, -w), kept, updates, params)
         return masked, state
 
@@ -160,7 +167,7 @@ def prune_and_retrain(
     FloatingPointError
         If retraining diverged, or scores are NaN, infinite or all exactly zero.
     """
-    seeds = tuple(int(seed) for seed in seeds)
+    seeds = checks.seeds(seeds)
     one = _check(network, params, train, percents, recipe, criterion, seeds)
     for percent in percents:
         pruning.counts(one, percent, scope)
@@ -195,6 +202,7 @@ def prune_and_retrain(
 
 def _check(network, params, train, percents, recipe, criterion, seeds):
     checks.one_of("criterion", criterion, CRITERIA)
+    training.check_recipe(recipe)
     checks.params(params)
     if not len(percents) or list(percents) != sorted(percents):
         raise ValueError(f"percents: expected some, and never falling, got {list(percents)}")
@@ -390,7 +398,12 @@ def experiment(plan: Plan, mnist, *, fresh: bool = False) -> Outcome:
 def _key(plan, mnist) -> dict:
     build, recipe, seeds = STARTS[plan.start]
     key = training.run_key(build(), recipe, mnist.train, seeds)
-    return key | {"plan": asdict(plan), "retraining": asdict(plan.retraining)}
+    plans = {"plan": asdict(plan), "retraining": asdict(plan.retraining)}
+    return key | {"test": _content(mnist.test)} | plans
+
+
+def _content(examples):
+    return training.content(tuple(collected(examples)))
 
 
 def _run(plan, mnist) -> Outcome:
@@ -452,28 +465,36 @@ def _save(outcome: Any, file: Path, key: dict) -> None:
 
 
 def _load(file: Path, key: dict) -> Outcome | None:
-    found = _fetch(file, key)
-    try:
-        return found and Outcome(**_arrays(found))
-    except TypeError as error:
-        warnings.warn(f"{file} is damaged ({error}); running it again", stacklevel=3)
-        return None
+    found = _fetch(file, key, {field.name for field in fields(Outcome)})
+    return None if found is None else Outcome(**found)
 
 
-def _fetch(file: Path, key: dict) -> dict | None:
+def _fetch(file: Path, key: dict, names: set[str]) -> dict | None:
+    """What is kept in `file` under this key, as arrays; None if there is no such thing, whole."""
     if not file.exists():
         return None
     try:
         record = json.loads(file.read_text())
-        return record["outcome"] if record["key"] == json.loads(json.dumps(key)) else None
-    except (ValueError, KeyError, TypeError) as error:
+        if record["key"] != json.loads(json.dumps(key)):
+            return None
+        found = jax.tree.map(np.array, record["outcome"], is_leaf=lambda x: isinstance(x, list))
+        _check_whole(found, names, len(key["seeds"]))
+    except (ValueError, KeyError, TypeError, FloatingPointError) as error:
         warnings.warn(f"{file} is damaged ({error}); running it again", stacklevel=4)
         return None
+    return found
 
 
-def _arrays(found: dict) -> dict:
-    """The same nested dict, with a NumPy array for each list."""
-    return jax.tree.map(np.array, found, is_leaf=lambda value: isinstance(value, list))
+def _check_whole(found, names, seeds):
+    """Raise unless the dict has these names, and its curves are finite, ``[seeds, levels]``."""
+    if found.keys() != names or not found["left"]:
+        raise ValueError(f"it has {sorted(found)} instead of {sorted(names)}")
+    checks.finite("its numbers", found)
+    levels = len(found["kept"])
+    for path, leaf in jax.tree.leaves_with_path(found):
+        expected = {"kept": (levels,), "seconds": (seeds,), "megabytes": ()}
+        if leaf.shape != expected.get(path[0].key, (seeds, levels)):
+            raise ValueError(f"{jax.tree_util.keystr(path)} has shape {leaf.shape}")
 
 
 # LeNet-5 without retraining ----------------------------------------------------------------------
@@ -481,6 +502,11 @@ def _arrays(found: dict) -> dict:
 CURVES = "lenet5-without-retraining"
 CURVES_KEPT = (80, 60, 50, 40, 30, 20, 15, 10, 5)  # percent of the parameters
 SUBSET = 3000  # examples, the first ones
+CURVES_NAMES = {"kept", "seconds", "megabytes", "left"} | {
+    f"{criterion}-{scope}"
+    for criterion in ("magnitude", "obd", "subset")
+    for scope in pruning.SCOPES
+}
 
 
 def lenet5_curves(mnist, *, fresh: bool = False) -> dict:
@@ -500,9 +526,9 @@ def lenet5_curves(mnist, *, fresh: bool = False) -> dict:
     key = _curves_key(mnist)
     own = cache_dir() / "retraining" / f"{CURVES}.json"
     for file in () if fresh else (SHIPPED / own.name, own):
-        found = _fetch(file, key)
+        found = _fetch(file, key, CURVES_NAMES)
         if found is not None:
-            return _arrays(found)
+            return found
     curves = _curves(mnist)
     if not fresh:
         _save(curves, own, key)
@@ -512,7 +538,7 @@ def lenet5_curves(mnist, *, fresh: bool = False) -> dict:
 def _curves_key(mnist) -> dict:
     build, recipe, seeds = STARTS["lenet5"]
     key = training.run_key(build(), recipe, mnist.train, seeds)
-    return key | {"kept": list(CURVES_KEPT), "subset": SUBSET}
+    return key | {"test": _content(mnist.test), "kept": list(CURVES_KEPT), "subset": SUBSET}
 
 
 def _curves(mnist) -> dict:

@@ -6,6 +6,7 @@ number of examples, is the mean of all: the same functions, called once for each
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -155,6 +156,7 @@ def mean(
             f"{jax.process_count()}; pass none"
         )
     folder = None if folder is None else Path(folder)
+    key = json.loads(json.dumps(key))  # as it is read back: a list for a tuple
     kept = None if folder is None else _newest(folder, key)
     total, seen, number, read = None, 0, 0, (hashlib.sha256(), hashlib.sha256())
     for number, chunk in enumerate(chunks, 1):

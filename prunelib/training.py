@@ -178,16 +178,38 @@ def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
             f"network: expected a models.Network, got {type(network).__name__}; "
             "training needs its init, its layers and its dropout"
         )
+    check_recipe(recipe)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(network))
+    checks.network_inputs(network, zeros, examples)
+    seeds = checks.seeds(seeds)
+    if count(examples) - recipe.held_out < recipe.batch:
+        raise ValueError(
+            f"examples: {count(examples)} less {recipe.held_out} held out do not fill a "
+            f"batch of {recipe.batch}; pass more, or a recipe with a smaller batch"
+        )
+    return seeds
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise unless `recipe` is a Recipe whose name can name a folder and whose numbers make sense.
+
+    Raises
+    ------
+    TypeError
+        If it is no Recipe.
+    ValueError
+        If its name or a number is not as it should be; the message says how.
+    """
     if not isinstance(recipe, Recipe):
         raise TypeError(
             f"recipe: expected a Recipe, got {type(recipe).__name__}; pass for instance PLAIN"
         )
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(network))
-    checks.network_inputs(network, zeros, examples)
-    seeds = tuple(seeds)
-    whole = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in seeds)
-    if not seeds or not whole:
-        raise ValueError(f"seeds: expected at least one integer, got {seeds}; pass range(5)")
+    plain = isinstance(recipe.name, str) and re.fullmatch(r"[\w-]+( [\w-]+)*", recipe.name)
+    if not plain or recipe.name == "retraining":
+        raise ValueError(
+            f"recipe: its name is to name a folder, got {recipe.name!r}; use letters, digits, "
+            "_, - and single spaces, and not 'retraining', which is taken"
+        )
     integers = (recipe.steps, 1), (recipe.batch, 1), (recipe.held_out, 0)
     if not (
         all(isinstance(number, int) and number >= least for number, least in integers)
@@ -199,12 +221,6 @@ def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
             "recipe: expected integers steps >= 1, batch >= 1, held_out >= 0; 0 < keep <= 1; "
             f"learning_rate > 0; std > 0 or None; got {recipe}; change it by dataclasses.replace"
         )
-    if count(examples) - recipe.held_out < recipe.batch:
-        raise ValueError(
-            f"examples: {count(examples)} less {recipe.held_out} held out do not fill a "
-            f"batch of {recipe.batch}; pass more, or a recipe with a smaller batch"
-        )
-    return tuple(int(seed) for seed in seeds)
 
 
 def _shapes(network):
@@ -335,10 +351,10 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
     x = jax.eval_shape(lambda images: scaled(images[:1]), examples.images)
     layers = []
     for layer in network.layers:
-        layers.append(_describe(layer, x))
+        layers.append(_describe(layer, params, x))
         x = jax.eval_shape(layer, params, x)
     return {
-        "format": 2,
+        "format": 3,
         "recipe": dataclasses.asdict(recipe),
         "layers": layers,
         "start": _sketch(_builders(network), recipe.std),
@@ -367,26 +383,47 @@ def _sketch(builders, std) -> dict[str, str]:
     return found
 
 
-def _describe(layer, x) -> str:
+def _describe(layer, params, x) -> str:
+    """A layer by its class and settings; if those are not all told in words, by what it computes.
+
+    Words are the same in all versions of JAX, and a program is not.
+    """
     if not layer.name:
-        return _name(layer.function, x)
-    settings = vars(nnx.eval_shape(lambda: layer.function(rngs=nnx.Rngs(0))))
-    plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str | tuple)}
-    types = {k: v.__name__ for k, v in settings.items() if isinstance(v, type)}
-    return f"{layer.name} = {layer.kind.__name__} {sorted((plain | types).items())}"
+        return _in_words(layer.function) or _computed(layer.function, x)
+    module = vars(nnx.eval_shape(lambda: layer.function(rngs=nnx.Rngs(0))))
+    settings = {
+        name: value if isinstance(value, int | float | str) else _in_words(value)
+        for name, value in module.items()
+        if not (value is None or isinstance(value, nnx.Variable) or name.startswith("_pytree_"))
+    }
+    text = f"{layer.name} = {layer.kind.__name__} {sorted(settings.items(), key=str)}"
+    if None in settings.values() or not _in_words(layer.kind):
+        own = {layer.name: params[layer.name]}
+        return f"{text}: {_computed(layer, own, x)}"
+    return text
 
 
-def _name(function: Callable, x) -> str:
-    """A library's function by its name; any other by what it and its gradient compute on `x`."""
-    name = getattr(function, "__name__", "<unnamed>")
-    library = (getattr(function, "__module__", None) or "").split(".")[0]
-    if library in ("jax", "flax", "prunelib") and "<" not in name:
-        return name
-    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(function, x)[1](function(x)))(x)
+def _in_words(value: Any) -> str | None:
+    """A number, a type, a dtype or a library's function by its name; None for anything else."""
+    if isinstance(value, int | float | str | None):
+        return repr(value)
+    if isinstance(value, tuple):
+        words = [_in_words(each) for each in value]
+        return None if None in words else f"({', '.join(words)})"
+    if isinstance(value, np.dtype | jax.lax.Precision):
+        return value.name
+    name = getattr(value, "__name__", "<unnamed>")
+    library = (getattr(value, "__module__", None) or "").split(".")[0]
+    return name if library in ("jax", "flax", "numpy", "prunelib") and "<" not in name else None
+
+
+def _computed(function: Callable, *inputs) -> str:
+    """A digest of what a function and its gradient compute on inputs of these shapes."""
+    jaxpr = jax.make_jaxpr(lambda *x: jax.vjp(function, *x)[1](function(*x)))(*inputs)
     digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", str(jaxpr)).encode())
     for constant in jaxpr.consts:
         digest.update(np.ascontiguousarray(constant))
-    return f"{name} {digest.hexdigest()[:16]}"
+    return f"{getattr(function, '__name__', '<unnamed>')} {digest.hexdigest()[:16]}"
 
 
 def _digest(value) -> str:

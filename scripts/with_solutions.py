@@ -6,6 +6,7 @@ A solution is folded in the text: a ``<details>`` block with fenced Python. Run 
 after that text, it is executed by the same check that compares the notebook's outputs.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -37,9 +38,9 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.ipynb"):
         old.unlink()
-    link = folder / "prunelib"
-    if not link.is_symlink():
-        link.symlink_to(ROOT / "prunelib")
+    link = folder / "prunelib"  # made anew: a folder that was copied here links to another one
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(ROOT / "prunelib", folder.resolve()))
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         count = with_solutions(notebook)

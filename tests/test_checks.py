@@ -191,6 +191,10 @@ NETWORKS = {
     "one logit": (lambda n: Wrapped(lambda z: z[:, 0]), r"\(2,\)|Wrapped"),
     "all logits added": (lambda n: Wrapped(jnp.sum), r"\(\)|Wrapped"),
     "log of zero": (lambda n: Wrapped(lambda z: jnp.log(jnp.zeros_like(z))), "infinite|Wrapped"),
+    "batch statistics": (
+        lambda n: Wrapped(lambda z: z - z.mean(0, keepdims=True)),
+        "other images|Wrapped",
+    ),
     "two outputs": (lambda n: Wrapped(lambda z: (z, z)), "tuple|Wrapped"),
 }
 RECIPES = {
@@ -207,6 +211,10 @@ RECIPES = {
         }.items()
         for bad in bads
     },
+    **{
+        f"name={bad!r}": (lambda r, b=bad: change(name=b), repr(bad))
+        for bad in ("", "a/b", "../runs", "two words", None, "retraining")
+    },
 }
 SIZES = values(0, -1, 2.5, True, "64", np.nan)
 LEVELS = values(-1, -1e-9, 100.001, np.nan, np.inf, "half", "20", None, [5], 1j)
@@ -217,6 +225,7 @@ BAD = {
     "examples": EXAMPLES_ALL,
     "examples alone": EXAMPLES_ALONE,
     "batch_size": SIZES,
+    "batch_size given": values(None),
     "method": values("newton", None, ["neuron"]),
     "probes": values(1, 0, -2, 2.5),
     "scores": NUMBERS | SHAPES,
@@ -243,10 +252,13 @@ BAD = {
         "all held out": (lambda r: change(held_out=6), "6 held out"),
     },
     "seeds": {
-        "none": (lambda s: [], r"\(\)"),
+        "none": (lambda s: [], r"got \[\]"),
         "a half": (lambda s: [0, 0.5], "0.5"),
         "a bool": (lambda s: [True], "True"),
-        "a string": (lambda s: "01", "'0'"),
+        "a string": (lambda s: "01", "01"),
+        "a number": (lambda s: 5.0, "5.0"),
+        "more than 32 bits": (lambda s: [0, 2**32], "4294967296"),
+        "negative": (lambda s: [-1], "-1"),
     },
     "images": PIXELS | PICTURES,
     "images alone": PIXELS,
@@ -280,6 +292,10 @@ BAD = {
         "uneven": (lambda t: t | {"y": [1]}, "'y': 1"),
         "NaN": (lambda t: {"x": [1.0, np.nan]}, "1 of 2"),
         "infinite": (lambda t: {"x": np.array([1.0, np.inf])}, "1 of 2"),
+        "NaN of JAX": (lambda t: {"x": jnp.array([1.0, jnp.nan])}, "1 of 2"),
+        "NaN of half precision": (lambda t: {"x": jnp.array([1, jnp.nan], jnp.bfloat16)}, "1 of 2"),
+        "NaN in arrays": (lambda t: {"x": [np.array(np.nan), jnp.array(1.0)]}, "1 of 2"),
+        "a row of arrays": (lambda t: {"x": np.ones((2, 2))}, "has arrays in its rows"),
     },
     "index": values(-1, 1),
     "window_strides": values((2, 2)),
@@ -350,11 +366,15 @@ FUNCTIONS = {
     ),
     "passes.cross_entropy": (passes.cross_entropy, ["logits", "labels"]),
     "passes.count": (passes.count, ["examples alone"]),
-    "passes.mean_over_batches": (mean_of_images, ["examples alone", "batch_size"]),
+    "passes.mean_over_batches": (
+        mean_of_images,
+        ["examples alone", "batch_size", "batch_size given"],
+    ),
     "training.train": (
         partial(training.train, fresh=True),
         ["network", "recipe", "recipe and examples", "examples", "seeds"],
     ),
+    "training.check_recipe": (training.check_recipe, ["recipe"]),
     "training.Runs.select": (training.Runs(RECIPE, (0,), PARAMS, {}).select, ["index"]),
     "curvature.hvp": (curvature.hvp, ["params alone", "vector"]),
     "curvature.hessian_diagonal": (curvature.hessian_diagonal, [*MEASURES, "method"]),
@@ -373,12 +393,15 @@ FUNCTIONS = {
     "pruning.apply_mask": (pruning.apply_mask, ["params alone", "kept"]),
     "pruning.accuracy_curve": (
         pruning.accuracy_curve,
-        [*MEASURES, "scores", "percents", "scope", "prunable"],
+        [*MEASURES, "batch_size given", "scores", "percents", "scope", "prunable"],
     ),
-    "pruning.evaluate": (pruning.evaluate, MEASURES),
-    "taylor.loss_change": (taylor.loss_change, [*MEASURES, "kept", "diagonal of real numbers"]),
+    "pruning.evaluate": (pruning.evaluate, [*MEASURES, "batch_size given"]),
+    "taylor.loss_change": (
+        taylor.loss_change,
+        [*MEASURES, "batch_size given", "kept", "diagonal of real numbers"],
+    ),
     "taylor.loss_changes": (stacked_changes, [*MEASURES, "kept", "diagonal of real numbers"]),
-    "taylor.layer_terms": (taylor.layer_terms, [*MEASURES, "kept"]),
+    "taylor.layer_terms": (taylor.layer_terms, [*MEASURES, "batch_size given", "kept"]),
     "streaming.chunks": (streaming.chunks, ["source", "size"]),
     "streaming.mean": (
         lambda chunks, every: streaming.mean(lambda c: c.images.mean(0), chunks, every=every),

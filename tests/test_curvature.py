@@ -157,6 +157,27 @@ def test_the_recursion_of_1990_is_wrong_for_shared_weights(x64):
     assert error(found["dense1"], expected["dense1"]) < 1e-10  # the last layer is exact
 
 
+@pytest.mark.parametrize("padding", ["CIRCULAR", "REFLECT"])
+def test_other_paddings_take_the_general_path(x64, padding):
+    """nnx.Conv pads the images itself then, and convolves what is padded."""
+    conv = partial(nnx.Conv, 1, 2, (3, 3), padding=padding)
+    layers = [lambda x: x.reshape(len(x), 4, 4, 1), ("conv1", conv), jax.nn.relu, models.flatten]
+    network = models.Network([*layers, ("dense1", partial(nnx.Linear, 32, 3))])
+    params, examples = problem(network, 0, 4, 16, 3)
+    found = curvature.gauss_newton(network, params, examples)
+    expected = curvature.one_hot(network, params, examples)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
+
+
+def test_hutchinson_has_the_same_defaults_as_the_others():
+    network = models.mlp((3, 4, 2))
+    params = network.init(jax.random.key(0))
+    examples = Examples(np.ones((2, 3), np.float32), np.array([0, 1]))
+    one = curvature.hutchinson(network, params, examples)
+    other = curvature.hessian_diagonal(network, params, examples, "hutchinson")
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_neuron_refuses_shared_weights_and_names_a_method_that_can(x64):
     network, params, examples = conv_problem()
     with pytest.raises(ValueError, match=r'"neuron".*"gauss_newton" or "one_hot"'):
@@ -242,6 +263,38 @@ def recursion_of_1990(params, images, labels, activation, slope, bend):
                 first = slope(x) * first_a
     means = [{n: t / len(images) for n, t in sums.items()} for sums in total]
     return {f"dense{k}": sums for k, sums in enumerate(means, 1)}
+
+
+MIXING = {
+    "softmax": jax.nn.softmax,
+    "minus the mean": lambda x: x - x.mean(-1, keepdims=True),
+    "reversed": lambda x: x[:, ::-1],
+    "the mean of pairs": lambda x: x.reshape(len(x), 2, 2).mean(2),
+    "doubled and cut": lambda x: 2 * x[:, :2],
+}
+UNIT_BY_UNIT = {
+    **ACTIVATIONS,
+    "the maximum of pairs": lambda x: x.reshape(len(x), 2, 2).max(2),
+    "cut": lambda x: x[:, :2],
+    "padded": lambda x: jnp.pad(x, [(0, 0), (0, 1)]),
+    "logarithm": lambda x: jnp.log(x),  # NaN at some points
+}
+
+
+@pytest.mark.parametrize("name", [*MIXING, *UNIT_BY_UNIT])
+def test_lecun1990_refuses_functions_that_mix_units(x64, name):
+    """It would follow each unit by itself, and be wrong even in the last layer's inputs."""
+    function = (MIXING | UNIT_BY_UNIT)[name]
+    width = jax.eval_shape(function, jnp.ones((1, 4))).shape[1]
+    first, second = partial(nnx.Linear, 3, 4), partial(nnx.Linear, width, 2)
+    chain = [("dense1", first), jnp.exp, ("dense2", partial(nnx.Linear, 4, 4))]
+    network = models.Network([*chain, lambda x: 2 + jnp.tanh(x), function, ("dense3", second)])
+    params, examples = problem(network, 0, 5, 3, 2)
+    if name in MIXING:
+        with pytest.raises(ValueError, match=r'mixes units.*use "neuron"'):
+            curvature.lecun1990(network, params, examples)
+    else:
+        curvature.lecun1990(network, params, examples)
 
 
 def test_lecun1990_is_the_recursion_of_the_paper(x64):

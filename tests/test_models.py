@@ -137,6 +137,22 @@ def test_flat_order_is_weights_then_biases():
     np.testing.assert_array_equal(models.flat_from_params(params), np.arange(47_410))
 
 
+def test_ten_layers_and_more():
+    network = models.mlp((4, *[3] * 10, 2))
+    assert list(network.init(jax.random.key(0)))[::10] == ["dense01", "dense11"]
+
+
+def test_flat_order_without_biases():
+    linear = partial(nnx.Linear, use_bias=False)
+    layers = [("dense1", partial(nnx.Linear, 3, 4)), jax.nn.relu, ("dense2", partial(linear, 4, 2))]
+    network = models.Network(layers)
+    params = network.init(jax.random.key(0))
+    flat = models.flat_from_params(params, network)
+    assert flat.shape == (3 * 4 + 4 * 2 + 4,)
+    again = models.params_from_flat(flat, network)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 def test_flat_order_of_another_network():
     network = models.mlp((4, 3, 2))
     params = network.init(jax.random.key(0))

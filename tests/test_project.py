@@ -1,13 +1,14 @@
 """The project's own promises: one set of versions, a Binder that builds, tidy notebooks."""
 
 import ast
-import csv
+import asyncio
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -184,11 +185,13 @@ def test_the_table_of_notebooks_is_made_from_them(tmp_path):
     assert links.figures_of(path) == ["x"]
 
     measured = tmp_path / "measured.csv"
-    measured.write_text("notebook,seconds,peak_mb\n04-thing,41.2,512\n")
-    row = links.notebook_table([path], measured).splitlines()[2]
+    measured.write_text("notebook,seconds,peak_mb\n04-thing,41.2,512\nall,125.0,1312\n")
+    _, _, row, _, text = links.notebook_table([path], measured).splitlines()
     cells = row.split(" | ")
     assert cells[1:] == ["[4. Do the thing](notebooks/04-thing.ipynb)", "Who does what?", "50 s",
                          "0.5 GB |"]  # fmt: skip
+    assert "2.1 minutes in all" in text
+    assert "1.3 GB" in text
     measured.write_text("notebook,seconds,peak_mb\n")
     with pytest.raises(ValueError, match="no row for 04-thing: run `make run`"):
         links.notebook_table([path], measured)
@@ -196,11 +199,47 @@ def test_the_table_of_notebooks_is_made_from_them(tmp_path):
 
 def test_the_series_keeps_its_promise_of_memory():
     runner = script("run_notebooks")
-    text = runner.MEASURED.read_text() if runner.MEASURED.exists() else ""
-    rows = {row["notebook"]: row for row in csv.DictReader(text.splitlines())}
-    assert sorted(rows) == [path.stem for path in NOTEBOOKS], "run `make run`"
+    rows = runner.read_measured()
+    assert list(rows) == [*(path.stem for path in NOTEBOOKS), runner.SERIES], "run `make run`"
     # Of memory, not of time: a machine's load is in the seconds, and not in the megabytes.
-    assert max(float(row["peak_mb"]) for row in rows.values()) <= runner.PROMISED_MB
+    assert float(rows[runner.SERIES]["peak_mb"]) <= runner.PROMISED_MB
+
+
+def test_make_run_takes_two_notebooks_at_a_time_if_they_fit(tmp_path, monkeypatch):
+    """The longest first, each on cores of its own; no two that took too much memory last time."""
+    runner = script("run_notebooks")
+    monkeypatch.setattr(runner, "MEASURED", tmp_path / "measured.csv")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 6, 9}, raising=False)
+    took = {"01-short": (0.1, 900.0), "02-long": (0.3, 1200.0), "03-large": (0.2, 900.0)}
+    runner.record([(stem, *measured) for stem, measured in took.items()])
+    begun, running = [], set()
+
+    async def execute(path, cores, place):
+        running.add(path.stem)
+        begun.append((set(running), cores))
+        start = time.perf_counter()
+        await asyncio.sleep(took[path.stem][0])
+        running.remove(path.stem)
+        if path.stem == "03-large":
+            raise runner.DeadKernelError("killed")
+        return runner.Measured(start, time.perf_counter(), took[path.stem][1])
+
+    monkeypatch.setattr(runner, "execute", execute)
+    paths = [tmp_path / f"{stem}.ipynb" for stem in took]
+    measured, failed = asyncio.run(runner.execute_all(paths))
+    # 1200 + 900 MB are too much for two at once, 900 + 900 MB are not
+    assert [names for names, _ in begun] == [{"02-long"}, {"03-large"}, {"01-short", "03-large"}]
+    assert begun[1][1] | begun[2][1] == {3, 5, 6, 9}
+    assert len(begun[1][1]) == len(begun[2][1]) == 2
+    assert failed == ["03-large"]
+    *each, (name, seconds, together) = runner.table(measured)
+    assert [row[0] for row in each] == ["01-short", "02-long"]
+    assert (name, together) == ("all", 1200)
+    assert seconds >= 0.4
+
+    at_once = {"a": (0, 10, 500), "b": (0, 4, 700), "c": (5, 12, 800)}
+    rows = runner.table({stem: runner.Measured(*of) for stem, of in at_once.items()})
+    assert rows[-1] == ("all", 12, 1300)
 
 
 def test_make_links_follows_the_address():
@@ -404,6 +443,20 @@ def test_notebook_has_exercises_with_folded_solutions(path):
         assert re.match(r"<details>\s*<summary>.*?</summary>\n\n", solution, re.S), solution
 
 
+def test_solutions_are_run_with_this_checkouts_prunelib(tmp_path, monkeypatch):
+    """Also in a folder that was copied from another checkout, with its link."""
+    solutions = script("with_solutions")
+    folder = tmp_path / "build"
+    folder.mkdir()
+    (folder / "prunelib").symlink_to(tmp_path / "another" / "prunelib")
+    monkeypatch.setattr(solutions, "ROOT", tmp_path)
+    (tmp_path / "prunelib").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    solutions.main(folder)
+    assert (folder / "prunelib").resolve() == tmp_path / "prunelib"
+    assert not os.path.isabs(os.readlink(folder / "prunelib"))
+
+
 def test_figures_are_those_that_the_notebooks_save():
     links = script("make_links")
     saved = [name for path in NOTEBOOKS for name in links.figures_of(path)]
@@ -453,8 +506,7 @@ def test_a_notebook_reaches_prunelib_by_the_link(tmp_path):
     path = tmp_path / "notebooks" / "01-tiny.ipynb"
     stored_notebook(path, "import prunelib\nprint(prunelib.__version__)", "not this\n")
 
-    runner = script("run_notebooks")
-    runner.execute(path)
+    asyncio.run(script("run_notebooks").execute(path))
     (cell,) = nbformat.read(path, 4).cells
     assert cell.outputs[0].text == importlib.import_module("prunelib").__version__ + "\n"
     assert cell.execution_count == 1

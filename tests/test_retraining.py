@@ -1,5 +1,6 @@
 """Masks that no optimizer undoes, the prune-retrain loop, and the outcomes that are shipped."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -103,6 +104,16 @@ def test_the_mask_needs_params():
     mask = retraining.keep_pruned(jnp.array([True]))
     with pytest.raises(ValueError, match="params: keep_pruned needs them"):
         mask.update(jnp.ones(1), mask.init(jnp.ones(1)))
+
+
+def test_the_mask_is_checked():
+    """A mask of 0 and 1 would choose other entries; one of another shape would be broadcast."""
+    with pytest.raises(TypeError, match="kept: expected booleans, got float32"):
+        retraining.keep_pruned({"w": jnp.ones(2)})
+    one = {"w": jnp.ones((2, 2))}
+    mask = retraining.keep_pruned({"w": jnp.array([True, False])})
+    with pytest.raises(ValueError, match=r"kept\['w'\]: expected shape \(2, 2\)"):
+        mask.update(one, mask.init(one), one)
 
 
 # The loop ----------------------------------------------------------------------------------------
@@ -255,6 +266,9 @@ def test_an_experiment_is_kept_and_found_again(small, monkeypatch, one_shot):
     np.testing.assert_array_equal(again.left["dense1/kernel"], first.left["dense1/kernel"])
     with pytest.raises(TypeError):  # any other plan is another experiment
         retraining.experiment(replace(plan, steps=4), small)
+    other = Examples(small.test.images[::-1].copy(), small.test.labels)
+    with pytest.raises(TypeError):  # and so is one that is tested on other examples
+        retraining.experiment(plan, small._replace(test=other))
 
 
 def test_one_shot_has_the_budget_of_the_loop(small, monkeypatch):
@@ -270,13 +284,46 @@ def test_one_shot_has_the_budget_of_the_loop(small, monkeypatch):
     assert asked == [[60], [88, 88, 88]]
 
 
-def test_a_damaged_outcome_is_run_again(small, tmp_path):
+DAMAGE = {
+    "truncated": lambda text, record: text[:100],
+    "a number is NaN": lambda text, record: with_outcome(record, loss=[[float("nan")]] * 2),
+    "a seed is missing": lambda text, record: with_outcome(record, accuracy=[[0.5]]),
+    "a level too many": lambda text, record: with_outcome(record, before=[[0.5, 0.5]] * 2),
+    "words": lambda text, record: with_outcome(record, loss=[["low"]] * 2),
+    "uneven": lambda text, record: with_outcome(record, loss=[[0.5], []]),
+    "nothing is left": lambda text, record: with_outcome(record, left={}),
+    "a field too many": lambda text, record: with_outcome(record, more=[[0.5]] * 2),
+}
+
+
+def with_outcome(record, **changes):
+    return json.dumps(record | {"outcome": record["outcome"] | changes})
+
+
+@pytest.fixture(scope="module")
+def computed_once():
+    return []
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE))
+def test_a_damaged_outcome_is_run_again(small, tmp_path, damage, monkeypatch, computed_once):
+    run = retraining._run
+
+    def run_once(*arguments):
+        if not computed_once:
+            computed_once.append(run(*arguments))
+        return computed_once[0]
+
+    monkeypatch.setattr(retraining, "_run", run_once)
     plan = retraining.Plan("small", "magnitude", steps=3, kept=(50,))
-    retraining.experiment(plan, small)
+    first = retraining.experiment(plan, small)
     file = tmp_path / "retraining" / f"{plan.name}.json"
-    file.write_text(file.read_text()[:100])
+    whole = file.read_text()
+    file.write_text(DAMAGE[damage](whole, json.loads(whole)))
     with pytest.warns(UserWarning, match="is damaged"):
-        assert retraining.experiment(plan, small).accuracy.shape == (2, 1)
+        again = retraining.experiment(plan, small)
+    np.testing.assert_array_equal(again.accuracy, first.accuracy)
+    assert file.read_text() == whole
 
 
 @pytest.mark.parametrize("plan", retraining.plans(), ids=lambda plan: plan.name)
@@ -307,7 +354,8 @@ def test_the_shipped_lenets_are_of_these_recipes(name, mnist):
 
 def test_the_shipped_curves_of_lenet5_are_exactly_as_sparse_as_asked(mnist):
     file = retraining.SHIPPED / f"{retraining.CURVES}.json"
-    assert retraining._fetch(file, retraining._curves_key(mnist)) is not None, "run make train"
+    key = retraining._curves_key(mnist)
+    assert retraining._fetch(file, key, retraining.CURVES_NAMES) is not None, "run make train"
     curves = retraining.lenet5_curves(mnist)
     assert curves["megabytes"] < 1500
     assert (curves["obd-all"] > 0.9).any()

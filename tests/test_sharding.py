@@ -433,6 +433,17 @@ def test_a_foreign_sum_is_not_used(partial_sum, tmp_path):
         assert_close(expected, found)
 
 
+def test_a_key_with_a_tuple_is_found_again(tmp_path):
+    """JSON reads it back as a list."""
+    counted, key = Counted(), {"a": (1, 2)}
+    with pytest.raises(Interrupted):
+        streaming.mean(counted, until(parts(), 3), folder=tmp_path / "sum", key=key, every=1)
+    before = counted.calls
+    found = streaming.mean(counted, parts(), folder=tmp_path / "sum", key=key)
+    assert_close(WHOLE, found)
+    assert counted.calls < before + len(list(parts()))
+
+
 def test_the_parameters_are_in_the_key(tmp_path):
     """Also those that the first chunk does not show: the weights of a pixel that is black there."""
     images = np.array(STREAM.images)

@@ -269,6 +269,18 @@ def shifted(x):
     return jnp.maximum(x, 0.1)
 
 
+def doubled(a, b, *where, **how):
+    return 2 * jax.lax.dot_general(a, b, *where, **how)
+
+
+class LinearOfTanh(nnx.Linear):
+    def __call__(self, x):
+        return super().__call__(jnp.tanh(x))
+
+
+LinearOfTanh.__name__ = "Linear"  # and its settings are the same, too
+
+
 def networks():
     """Networks that compute something else, one by one."""
     he = jax.nn.initializers
@@ -297,6 +309,10 @@ def networks():
         "no biases": mlp(partial(linear, use_bias=False)),
         "half precision": mlp(partial(linear, dtype=jnp.bfloat16)),
         "half precision kept": mlp(partial(linear, param_dtype=jnp.bfloat16)),
+        "half precision by a dtype": mlp(partial(linear, dtype=np.dtype(np.float16))),
+        "precise products": mlp(partial(linear, precision=jax.lax.Precision.HIGHEST)),
+        "products of one's own": mlp(partial(linear, dot_general=doubled)),
+        "a layer of one's own": mlp(partial(LinearOfTanh, 16, 12)),
     }
 
 
@@ -323,7 +339,7 @@ def test_keys_tell_apart_what_trains_otherwise():
     ]
     assert set(other) | {"name"} == {field.name for field in dataclasses.fields(RECIPE)}
     digests = [training._digest(key) for key in found]
-    assert len(set(digests)) == len(digests) == 16 + 5 + 2 + 8
+    assert len(set(digests)) == len(digests) == 20 + 5 + 2 + 8
 
 
 SAME_KEYS = """

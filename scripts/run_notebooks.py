@@ -23,6 +23,7 @@ from typing import NamedTuple
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.output_widget import OutputWidget
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,17 @@ def store(notebook: nbformat.NotebookNode, path: Path) -> None:
     os.replace(unfinished, path)
 
 
+class Output(OutputWidget):
+    """What widgets draw is caught, but not told to the kernel, which nobody looks at.
+
+    nbclient would send it on the socket on which it waits for the cell's end, and sometimes misses
+    that end: github.com/jupyter/nbclient/issues/312.
+    """
+
+    def send(self, *args, **options) -> None:
+        pass
+
+
 class Measured(NamedTuple):
     """What a notebook took, on its share of the cores."""
 
@@ -86,6 +98,7 @@ async def execute(path: Path, cores: set[int] | None = None, place: int = 0) -> 
         extra_arguments=["--log-level=CRITICAL"],  # of its end, on the terminal
         resources={"metadata": {"path": str(path.parent)}},
     )
+    client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = Output
     start = time.perf_counter()
     async with client.async_setup_kernel():
         # Ctrl-C ends this script, and all kernels with it; the client's own handler ends one.

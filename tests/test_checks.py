@@ -213,7 +213,7 @@ RECIPES = {
     },
     **{
         f"name={bad!r}": (lambda r, b=bad: change(name=b), repr(bad))
-        for bad in ("", "a/b", "../runs", "two words", None, "retraining")
+        for bad in ("", "a/b", "../runs", "two  words", " edge", None, "retraining")
     },
 }
 SIZES = values(0, -1, 2.5, True, "64", np.nan)

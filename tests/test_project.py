@@ -513,6 +513,21 @@ def test_a_notebook_reaches_prunelib_by_the_link(tmp_path):
     assert cell.metadata == {}
 
 
+def test_widgets_do_not_make_the_runner_miss_the_end_of_a_cell(tmp_path):
+    """nbclient's own output widget talks to the kernel while it waits for it, and may hang."""
+    path = tmp_path / "01-tiny.ipynb"
+    cells = [
+        "import ipywidgets as widgets\nshown = widgets.interactive_output(print, {})",
+        "print(len(shown.outputs), 'outputs told to the kernel')",
+    ]
+    cells = [nbformat.v4.new_code_cell(cell, id=f"cell{i}") for i, cell in enumerate(cells)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    asyncio.run(script("run_notebooks").execute(path))
+    first, second = nbformat.read(path, 4).cells
+    assert first.outputs == []
+    assert second.outputs[0].text == "0 outputs told to the kernel\n"
+
+
 def test_a_failing_notebook_keeps_its_outputs(tmp_path):
     path = tmp_path / "01-tiny.ipynb"
     stored_notebook(path, "1 / 0", "as it was\n")

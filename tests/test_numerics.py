@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from prunelib import curvature, data, models, passes, pruning, training
+from prunelib import curvature, data, models, passes, pruning, streaming, training
 from prunelib.data import Examples
 
 NETWORK = models.mlp()
@@ -121,41 +121,71 @@ def test_dead_layer(params, sure, method):
 # Long sums ---------------------------------------------------------------------------------------
 
 
-def test_float32_against_float64_over_all_examples(mnist, params):
-    """Stated error of the fast path: 1e-6 of the largest entry (measured: about 1e-7)."""
-    single = flat(curvature.hessian_diagonal(NETWORK, params, floats(mnist.train, np.float32)))
-    accuracy, loss = pruning.evaluate(NETWORK, params, floats(mnist.train, np.float32))
-    double, accuracies, losses = [], [], []
-    with jax.enable_x64(True):
-        exact = to_64(params)
-        for start in range(0, 60_000, 6000):
-            chunk = floats(
-                jax.tree.map(lambda x, s=start: x[s : s + 6000], mnist.train), np.float64
-            )
-            found = curvature.hessian_diagonal(NETWORK, exact, chunk, batch_size=1000)
-            double.append(flat(found))
-            for kept, value in zip((accuracies, losses), pruning.evaluate(NETWORK, exact, chunk),
-                                   strict=True):  # fmt: skip
-                kept.append(value)
-    double = np.mean(double, axis=0)
-    assert double.dtype == np.float64
-    assert np.abs(single - double).max() < 1e-6 * double.max()
+@pytest.fixture(scope="module")
+def clear(mnist, params):
+    """Images on which no unit is within rounding of its kink: all but some hundred of 60,000.
+
+    On the kink a ReLU has two slopes. Other precisions or other sums may take different ones, and
+    both are right; one such image moves the diagonal of 60,000 by a few 1e-6 of its largest entry.
+    """
+
+    @jax.jit
+    def nearest(images):
+        outputs = curvature._walk(NETWORK, params, images)[1]
+        return jnp.min(jnp.stack([jnp.abs(z).min(1) for z in outputs.values()]), axis=0)
+
+    images = floats(mnist.train, np.float32).images
+    found = np.concatenate([nearest(part) for part in np.split(images, 10)]) > 1e-4
+    assert 0.98 < found.mean() < 1
+    return found
+
+
+def test_float32_against_float64_over_all_examples(mnist, params, clear):
+    """Stated error of the fast path, of the largest entry: 1e-6 (measured: about 1e-7) where no
+    unit is on its kink, and 2e-5 (measured: up to 5e-6) over all."""
+    single, double = {}, {}
+    for where in (True, False):
+        part = jax.tree.map(lambda x, w=where: x[clear == w], mnist.train)
+        own = floats(part, np.float32)
+        diagonal = curvature.hessian_diagonal(NETWORK, params, own)
+        single[where] = flat(diagonal), *pruning.evaluate(NETWORK, params, own)
+        with jax.enable_x64(True):
+            exact = to_64(params)
+
+            def measure(chunk, exact=exact):
+                chunk = floats(chunk, np.float64)
+                diagonal = curvature.hessian_diagonal(NETWORK, exact, chunk)
+                return diagonal, *pruning.evaluate(NETWORK, exact, chunk)
+
+            diagonal, *rest = streaming.mean(measure, streaming.chunks(part, 10_000))
+            double[where] = flat(diagonal), *map(float, rest)
+    assert double[True][0].dtype == np.float64
+    largest = double[True][0].max()
+    assert np.abs(single[True][0] - double[True][0]).max() < 1e-6 * largest
+    assert ((single[True][0] == 0) == (double[True][0] == 0)).all(), "the exact zeros are exact"
     # Entry by entry, relative: for all that are not zero.
-    large = double > 1e-6 * double.max()
-    assert np.abs(single[large] / double[large] - 1).max() < 1e-3
-    assert ((single == 0) == (double == 0)).all(), "the exact zeros are exact"
-    assert loss == pytest.approx(np.mean(losses), abs=1e-6)  # rounding: 6e-8 an example
-    assert accuracy == pytest.approx(np.mean(accuracies), abs=2 / 60_000)  # a tie at most
+    large = double[True][0] > 1e-6 * largest
+    assert np.abs(single[True][0][large] / double[True][0][large] - 1).max() < 1e-3
+
+    share = clear.mean()
+    of_all = [
+        [share * a + (1 - share) * b for a, b in zip(found[True], found[False], strict=True)]
+        for found in (single, double)
+    ]
+    (one, accuracy, loss), (two, accuracy_64, loss_64) = of_all
+    assert np.abs(one - two).max() < 2e-5 * largest
+    assert loss == pytest.approx(loss_64, abs=1e-6)  # rounding: 6e-8 an example
+    assert accuracy == pytest.approx(accuracy_64, abs=2 / 60_000)  # a tie at most
     # What is pruned hardly differs: of 33,187 entries, those at the border.
     weights = flat(params)
-    saliency = [0.5 * h * weights**2 for h in (single, double)]
+    saliency = [0.5 * h * weights**2 for h in (one, two)]
     masks = [flat(pruning.mask({"all": jnp.asarray(s, jnp.float32)}, 70)) for s in saliency]
     assert (masks[0] != masks[1]).sum() <= 10
 
 
-def test_summation_order(mnist, params):
+def test_summation_order(mnist, params, clear):
     """Any order of the examples, any batch size: the same, to 1e-6 of the largest entry."""
-    some = Examples(mnist.train.images[:10_000], mnist.train.labels[:10_000])
+    some = jax.tree.map(lambda x: x[clear][:10_000], mnist.train)
     expected = flat(curvature.hessian_diagonal(NETWORK, params, some))
     _, loss = pruning.evaluate(NETWORK, params, some)
     order = np.random.default_rng(0).permutation(10_000)

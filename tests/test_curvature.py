@@ -87,8 +87,9 @@ def error(found, expected):
 # Exact methods
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("widths", SHAPES)
+@pytest.mark.parametrize(
+    ("widths", "name"), [*((SHAPES[0], name) for name in ACTIVATIONS), (SHAPES[1], "tanh")]
+)
 def test_one_hot_and_neuron_are_exact(x64, widths, name):
     for seed in range(3):
         network, params, examples = dense_problem(widths, ACTIVATIONS[name], seed)

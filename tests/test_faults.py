@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 
 import jax
-import nbformat
 import numpy as np
 import pytest
 
@@ -378,6 +377,8 @@ sys.exit(run_notebooks.main())
 @pytest.mark.parametrize("writing", [False, True], ids=["executing", "writing"])
 def test_kill_9_in_make_run(tmp_path, writing):
     """A notebook is stored whole or not at all; and the next `make run` executes it."""
+    import nbformat  # takes seconds, which the children above need not spend
+
     path = tmp_path / "01-one.ipynb"
     flag = str(tmp_path / "reached")
     cells = [

@@ -1,6 +1,7 @@
 """Recipes, the compiled run, and the runs that are kept."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -327,8 +328,13 @@ def altered():
     yield Examples(IMAGES / np.float32(255), LABELS)
 
 
+@functools.cache
+def keys():
+    return [training.run_key(network, RECIPE, EXAMPLES, SEEDS) for network in networks().values()]
+
+
 def test_keys_tell_apart_what_trains_otherwise():
-    found = [training.run_key(network, RECIPE, EXAMPLES, SEEDS) for network in networks().values()]
+    found = list(keys())
     found += [training.run_key(NETWORK, RECIPE, examples, SEEDS) for examples in altered()]
     found += [training.run_key(NETWORK, RECIPE, EXAMPLES, seeds) for seeds in ((0,), (1, 0))]
     other = {"steps": 61, "batch": 8, "learning_rate": 0.02, "decay": False, "keep": 0.8,
@@ -346,19 +352,17 @@ SAME_KEYS = """
 import json, sys
 sys.path[:0] = sys.argv[1:]
 import test_training as t
-keys = [t.training.run_key(n, t.RECIPE, t.EXAMPLES, t.SEEDS) for n in t.networks().values()]
-print(json.dumps(keys))
+print(json.dumps(t.keys()))
 """
 
 
 def test_keys_are_the_same_in_another_process():
     """No memory address, hash seed or number of devices is in them."""
-    own = [training.run_key(n, RECIPE, EXAMPLES, SEEDS) for n in networks().values()]
     result = subprocess.run(
         [sys.executable, "-c", SAME_KEYS, str(ROOT), str(Path(__file__).parent)],
         env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert json.loads(result.stdout) == json.loads(json.dumps(own))
+    assert json.loads(result.stdout) == json.loads(json.dumps(keys()))
     assert "0x" not in result.stdout
 
 

@@ -138,7 +138,9 @@ RECIPES = {
     "plain": ("plain", COLOURS["obd"], "-"),
     "fair_dropout": ("fair dropout", COLOURS["dropout"], "-"),
     "plain_2016": ("plain, 2016", COLOURS["accent"], "--"),
-    "dropout_2016": ("dropout, 2016", COLOURS["other"], "--"),
+    "dropout_2016": ("dropout, 2016", COLOURS["other"], ":"),
+    "slow_2016": ("slow, no dropout", COLOURS["accent"], ":"),
+    "fast_dropout_2016": ("fast, dropout", COLOURS["other"], "--"),
     "short_2016": ("cut short, no dropout", COLOURS["published"], ":"),
 }
 
@@ -214,17 +216,12 @@ def probe_errors(probes, errors, claimed, ranked):
     left.set(xlabel="probes m", ylabel="relative error", title="Halved by four times the probes")
     left.set_yticks([0.5, 1, 2, 4, 8], [0.5, 1, 2, 4, 8])
     left.legend()
-    for (share, found), marker in zip(ranked.items(), "o^s", strict=False):
-        right.semilogx(
-            probes, found, marker + "-", color=COLOURS["other"], label=f"lowest {share:.0%}"
-        )
-    right.legend(loc="lower right")
-    right.set(
-        xlabel="probes m",
-        ylabel="share found",
-        title="As a ranking: how many it finds",
-        ylim=(0, 1),
-    )
+    for (share, found), line in zip(ranked.items(), ("o-", "^--", "s:"), strict=False):
+        missed = 100 * (1 - np.array(found))
+        right.semilogx(probes, missed, line, color=COLOURS["other"], label=f"lowest {share:.0%}")
+    right.legend(loc="upper right")
+    right.set(xlabel="probes m", ylabel="missed (%)", ylim=(0, 12))
+    right.set(title="As a ranking, four do as well as 256")
     for ax in (left, right):
         ax.set_xticks(probes, probes)
         ax.minorticks_off()
@@ -233,10 +230,10 @@ def probe_errors(probes, errors, claimed, ranked):
 
 
 def pixel_maps(named: dict, title: str):
-    """28×28 maps side by side, each with its own scale."""
+    """28×28 maps side by side, each with its own scale, from zero."""
     figure, axes = new(1, len(named), (7.5, 3.1))
     for ax, (name, values) in zip(axes, named.items(), strict=True):
-        shown = ax.imshow(np.asarray(values))
+        shown = ax.imshow(np.asarray(values), vmin=0)
         figure.colorbar(shown, ax=ax, shrink=0.7)
         ax.set(xticks=[], yticks=[])
         ax.set_title(name, fontsize=10)
@@ -348,12 +345,13 @@ def to_the_end(curves: dict, field: str, title: str):
     return figure, table
 
 
-def closer_look(accuracy, confusion, survivors, images, captions):
+def closer_look(title: str, confusion, survivors, images, captions):
     """What pruning left: a confusion matrix, the weights of each pixel, and digits that flipped.
 
     Parameters
     ----------
-    accuracy : float
+    title : str
+        Which network this is, and how good.
     confusion : int array [10, 10]
         Counts of test images, by label (row) and answer (column).
     survivors : int array [28, 28]
@@ -362,7 +360,7 @@ def closer_look(accuracy, confusion, survivors, images, captions):
     """
     figure = plt.figure(figsize=(7.5, 3.7), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[3, 3, 1.2])
-    figure.suptitle(f"test accuracy {accuracy:.3f}")
+    figure.suptitle(title)
     ax = left.add_subplot(title="answers by label (log scale)")
     ax.imshow(np.log1p(confusion), cmap="Blues")
     ax.set(xlabel="answer", ylabel="label", xticks=range(10), yticks=range(10))
@@ -409,22 +407,56 @@ def result2(curves: dict, published: dict, upto: float = 99):
     return figure, table
 
 
-def paired_difference(differences: dict, percents, title: str = ""):
-    """Differences of test accuracy, seed by seed, ``{name: (array [seeds, levels], colour)}``."""
-    figure, ax = new(size=(7.5, 4.4))
+def two_by_two(accuracies: dict, title: str = ""):
+    """Test accuracy of the four ways to combine two changes, a dot for each network.
+
+    `accuracies` is ``{label of the first: {label of the second: array [seeds]}}``; lines join the
+    means.
+    """
+    figure, ax = new(size=(7.5, 3.8))
+    rows = []
+    colours = (COLOURS["accent"], COLOURS["other"])
+    for number, ((one, cases), colour) in enumerate(zip(accuracies.items(), colours, strict=True)):
+        places = np.arange(len(cases)) + 0.06 * (number - 0.5)
+        means = [values.mean() for values in cases.values()]
+        ax.plot(places, means, "D-", color=colour, label=f"{one} (mean)", ms=8)
+        for place, (other, values) in zip(places, cases.items(), strict=True):
+            ax.plot(np.full(len(values), place), values, "o", color=colour, alpha=0.6, ms=5)
+            rows += [(one, other, seed, value) for seed, value in enumerate(values)]
+    ax.set_xticks(range(len(cases)), cases)
+    ax.set(xlim=(-0.5, len(cases) - 0.5), ylabel="test accuracy, unpruned", title=title)
+    ax.legend(loc="lower left")
+    return figure, _columns(("first", "second", "seed", "accuracy"), rows)
+
+
+def paired_difference(differences: dict, percents, title: str = "", enlarged=None):
+    """Differences of test accuracy, seed by seed, ``{name: (array [seeds, levels], colour)}``.
+
+    `enlarged`, if given, is a part to be drawn again below: its limits, percent remaining (from,
+    to) and difference (from, to).
+    """
+    rows = 1 if enlarged is None else 2
+    figure, axes = new(rows, 1, (7.5, 1 + 3.4 * rows), squeeze=False)
     table = {"comparison": [], "percent_remaining": [], "seed": [], "difference": []}
     left = 100 - np.asarray(percents)
     for name, (runs, colour) in differences.items():
-        band(ax, left, runs, name, colour)
-        ax.plot(left, np.transpose(runs), color=colour, linewidth=0.6, alpha=0.6)
+        for ax in axes[:, 0]:
+            band(ax, left, runs, name, colour)
+            ax.plot(left, np.transpose(runs), color=colour, linewidth=0.6, alpha=0.6)
         for seed, values in enumerate(runs):
             for row in zip(left, values, strict=True):
                 for column, entry in zip(table, (name, row[0], seed, row[1]), strict=True):
                     table[column].append(entry)
-    ax.axhline(0, color="0.3", linewidth=0.8)
-    remaining_axis(ax, 100 - left.min())
-    ax.set(ylabel="accuracy with dropout\nminus accuracy without", title=title)
-    _legend_below(figure, ax)
+    for ax in axes[:, 0]:
+        ax.axhline(0, color="0.3", linewidth=0.8)
+        remaining_axis(ax, 100 - left.min())
+        ax.set(ylabel="accuracy with dropout\nminus accuracy without")
+    axes[0, 0].set_title(title)
+    if enlarged is not None:
+        axes[0, 0].set_xlabel("")
+        axes[1, 0].set(xlim=enlarged[0], ylim=enlarged[1], title="Enlarged")
+        axes[1, 0].set_xticks(range(*enlarged[0], -2))
+    _legend_below(figure, axes[0, 0])
     return figure, table
 
 
@@ -537,6 +569,7 @@ def leak(lines: list[Line], lost: np.ndarray, title: str = ""):
         levels = lines[0].percents
         band(right, levels, lost, "lost", COLOURS["other"])
         right.set(title="Weights not restored", xlabel="percent pruned", ylim=(0, None))
+        right.set(ylabel="weights that differ from the trained ones")
         figure.suptitle(title)
     columns = {f"lost_seed_{seed}": run for seed, run in enumerate(lost)}
     for line in lines:
@@ -607,7 +640,7 @@ def survivors(masks: dict[str, dict[float, np.ndarray]], title: str = ""):
             figure.colorbar(shown, ax=ax, shrink=0.75).ax.tick_params(labelsize=7)
             table[f"{caption} {kept:g}"] = left
         line[0].set_ylabel(caption)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(f"{title}\n(weights left at each pixel; each picture has its own scale)")
     return figure, table
 
 
@@ -812,7 +845,8 @@ def twins(loss, w, pairs):
     right.bar(place - 0.2, sums, 0.38, color=COLOURS["obd"], label="OBD: sum of saliencies")
     right.bar(place + 0.2, actual, 0.38, color="black", label="actual")
     right.set_xticks(place, pairs)
-    right.set(ylabel="rise of the loss (nats)", title="Which pair to prune?", ylim=(0, 0.19))
+    right.set(ylabel="rise of the loss (nats)", ylim=(0, 0.19), box_aspect=1)
+    right.set(title="OBD's cheapest pair is the dearest")
     right.legend(fontsize=9, loc="upper right")
     right.set_axisbelow(True)
     names = [name.replace("$", "") for name in pairs]
@@ -853,6 +887,7 @@ def term_shares(panels: dict, title: str = "", size=(7.5, 4.4), floor: float = 0
                 ax.bar(place, share, 0.85, edges[int(share < 0)], color=colour)
                 edges[int(share < 0)] += share
         ax.set_xticks(range(len(cases)), cases)
+        ax.set_xlim(-0.6, len(cases) - 0.4)  # where a bar is left out, too
         ax.axhline(0, color="black", lw=0.8)
         ax.set_title(panel)
         ax.grid(axis="x", visible=False)
@@ -865,8 +900,11 @@ def term_shares(panels: dict, title: str = "", size=(7.5, 4.4), floor: float = 0
 
 
 def predicted_actual(changes: dict, levels, title: str = ""):
-    """Predicted against actual rise of the loss, log-log; a thin line a seed, a dot a level."""
-    figure, ax = new(size=(7.5, 5.4))
+    """Predicted against actual rise of the loss, log-log; a thin line a seed, a dot a level.
+
+    Beside it the actual rise by level, whatever was predicted: mean and range over the seeds.
+    """
+    figure, (ax, right) = new(1, 2, (7.5, 4.8), sharey=True, width_ratios=[3, 2])
     line = np.array([1e-6, 10])
     ax.fill_between(line, line / 2, line * 2, color="0.88", lw=0, label="right to a factor of 2")
     ax.plot(line, line, color="0.5", lw=1)
@@ -874,18 +912,23 @@ def predicted_actual(changes: dict, levels, title: str = ""):
     for criterion, change in changes.items():
         colour = COLOURS[criterion]
         for seed, pair in enumerate(zip(change.diagonal, change.actual, strict=True)):
-            label = None if seed else NAMES[criterion]
-            ax.plot(*pair, "o-", color=colour, ms=3, lw=0.8, label=label)
+            ax.plot(*pair, "o-", color=colour, ms=3, lw=0.8)
             rows += [(criterion, seed, *row) for row in zip(levels, *pair, strict=True)]
+        seen = np.maximum(change.actual, 1e-5)  # what is less is below the axis
+        band(right, levels, seen, NAMES[criterion], colour, marker="o", markersize=3)
         for percent in () if criterion == "random" else (10, 30, 50, 70, 90):
             place = list(levels).index(percent)
             x, y = change.diagonal[0][place], change.actual[0][place]
             if x > 1e-6 and y > 1e-5:
                 ax.annotate(f"{percent} %", (x, y), (-6, 6), textcoords="offset points", ha="right",
                             color=colour, fontsize=9)  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlim=(1e-6, 3), ylim=(1e-5, 5), title=title)
-    ax.set(xlabel="predicted rise of the loss, ½ Σ h δ² (nats)", ylabel="actual rise (nats)")
-    ax.legend(loc="lower right")
+    ax.set(xscale="log", yscale="log", xlim=(1e-6, 3), ylim=(1e-5, 5))
+    ax.set(title="How much: too low", ylabel="actual rise of the loss (nats)")
+    ax.set_xlabel("predicted rise, ½ Σ h δ² (nats)")
+    ax.legend(loc="lower right", fontsize=9.5)
+    right.set(title="In which order: right", xlabel="percent pruned")
+    right.legend(loc="lower right", fontsize=9.5)
+    figure.suptitle(title)
     return figure, _columns(("criterion", "seed", "percent", "predicted", "actual"), rows)
 
 
@@ -994,15 +1037,21 @@ PASSES = {
 
 
 def scaling_costs(panels: list, title: str = ""):
-    """Seconds against what grows: panels of (axis, method -> (sizes, seconds)), from zero."""
+    """Seconds against what grows: panels of (axis, method -> (sizes, seconds)), from zero.
+
+    Straight lines are fitted, but to `neuron`: its cost is no straight line.
+    """
     figure, axes = new(2, 2, (7.5, 6.4))
     rows = []
     for ax, (grows, curves) in zip(axes.flat, panels, strict=True):
         for method, (sizes, seconds) in curves.items():
             label, colour, line = PASSES[method]
             ax.plot(sizes, seconds, line[0], color=colour, label=label)
-            fitted = np.array([0, max(sizes)])
-            ax.plot(fitted, np.polyval(np.polyfit(sizes, seconds, 1), fitted), color=colour, lw=1)
+            ends, values = sizes, seconds
+            if method != "neuron":
+                ends = np.array([0, max(sizes)])
+                values = np.polyval(np.polyfit(sizes, seconds, 1), ends)
+            ax.plot(ends, values, color=colour, lw=1)
             rows += [(grows, method, *row) for row in zip(sizes, seconds, strict=True)]
         ax.set(xlabel=grows, ylabel="seconds", xlim=(0, None), ylim=(0, None))
         ax.legend(fontsize=9)
@@ -1022,8 +1071,17 @@ def scaling_model(table: dict, rate: float, title: str = ""):
     ax.plot(ends, ends / rate, color="0.4", lw=1, label=f"{rate:.0f} GFLOP/s")
     ax.set(xscale="log", yscale="log", xlabel="operations counted (GFLOP)", ylabel="seconds")
     ax.set_title(title)
+    _plain_ticks(ax)
     ax.legend()
     return figure, table
+
+
+def _plain_ticks(ax):
+    """1, 2, 5 and their tens as plain numbers on log axes that span little more than a decade."""
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(plt.matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(plt.matplotlib.ticker.NullLocator())
 
 
 def scaling_errors(curves: list, title: str = ""):
@@ -1036,6 +1094,7 @@ def scaling_errors(curves: list, title: str = ""):
         rows += [(method, n, *row) for row in zip(numbers, errors, strict=True)]
     ax.set(xscale="log", yscale="log", xlabel="draws per example, or probes", title=title)
     ax.set_ylabel("relative error (2-norm)")
+    _plain_ticks(ax)
     ax.legend()
     return figure, _columns(("method", "examples", "draws", "relative_error"), rows)
 

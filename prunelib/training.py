@@ -80,8 +80,10 @@ FAIR_DROPOUT = Recipe("fair_dropout", steps=20_000, keep=0.8)
 _AS_IN_2016 = dict(steps=50_000, decay=False, std=0.02, summed=True, held_out=5000)
 PLAIN_2016 = Recipe("plain_2016", learning_rate=1e-4, **_AS_IN_2016)
 DROPOUT_2016 = Recipe("dropout_2016", learning_rate=1e-5, keep=0.8, **_AS_IN_2016)
-SHORT_2016 = dataclasses.replace(PLAIN_2016, name="short_2016", steps=5000)
-SHORTER_2016 = dataclasses.replace(PLAIN_2016, name="shorter_2016", steps=1500)
+# What the study left out: its two differences, one at a time; and its recipe cut short.
+SLOW_2016 = dataclasses.replace(PLAIN_2016, name="slow_2016", learning_rate=1e-5)
+FAST_DROPOUT_2016 = dataclasses.replace(DROPOUT_2016, name="fast_dropout_2016", learning_rate=1e-4)
+SHORT_2016 = dataclasses.replace(PLAIN_2016, name="short_2016", steps=1500)
 PLAIN_TENTH = dataclasses.replace(PLAIN, name="plain_tenth", steps=2000)
 PLAIN_HUNDREDTH = dataclasses.replace(PLAIN, name="plain_hundredth", steps=200)
 
@@ -521,8 +523,8 @@ def _first_line(error: Exception) -> str:
 
 # The runs of the series --------------------------------------------------------------------------
 
-_WHOLE = (PLAIN, FAIR_DROPOUT, PLAIN_2016, DROPOUT_2016)
-_CUT_SHORT = (SHORT_2016, SHORTER_2016, PLAIN_TENTH, PLAIN_HUNDREDTH)
+_WHOLE = (PLAIN, FAIR_DROPOUT, PLAIN_2016, DROPOUT_2016, SLOW_2016, FAST_DROPOUT_2016)
+_CUT_SHORT = (SHORT_2016, PLAIN_TENTH, PLAIN_HUNDREDTH)
 SERIES = [(mlp, recipe) for recipe in (*_WHOLE, *_CUT_SHORT)]
 
 

@@ -168,6 +168,13 @@ def network_inputs(network: Any, values: Any, data: Any, batch: int | None = Non
             f"network: {type(network).__name__} has no apply(params, images); "
             "pass a models.Network or an object with that method"
         )
+    try:
+        hash(network)
+    except TypeError as error:
+        raise TypeError(
+            f"network: {type(network).__name__} cannot be hashed, and a compiled program is kept "
+            "for each network; pass a models.Network, or give its class __hash__ and __eq__"
+        ) from error
     params(values)
     examples(data)
     batch_size(batch)

@@ -1,4 +1,4 @@
-"""Hessian-vector products, and the diagonal of the Hessian five ways.
+"""Hessian-vector products, and the diagonal of the Hessian: five ways, and a sixth by sampling.
 
 Throughout, E is the mean loss over the data, in nats; its Hessian has the shape params x params.
 Every method returns its diagonal as a pytree shaped like params.
@@ -11,6 +11,7 @@ References
        Neural Computation 14, 2002.
 .. [4] Bekas, Kokiopoulou, Saad, "An estimator for the diagonal of a matrix", Applied Numerical
        Mathematics 57, 2007.
+.. [5] Martens, "New insights and perspectives on the natural gradient method", JMLR 21, 2020.
 """
 
 import warnings
@@ -73,13 +74,15 @@ def hessian_diagonal(
         "one_hot"        everything                                  one for each parameter
         "lecun1990"      nothing but the last layer                  two
         "hutchinson"     everything, on average                      one for each probe
+        "sampled"        piecewise-linear networks, on average       one for each draw
         ===============  ==========================================  ==============================
     loss : callable
         ``(logits [n, classes], labels [n]) -> [n]``, the loss of each example.
     batch_size : int, optional
         Examples in memory at a time; each method has a default. The result does not depend on it.
     **options
-        `hutchinson`: ``probes=64, key=jax.random.key(0)``. `one_hot`: ``chunk=64`` columns at once.
+        `hutchinson`: ``probes=64, key=jax.random.key(0)``. `sampled`: ``draws=1`` and a `key`.
+        `one_hot`: ``chunk=64`` columns at once.
 
     Returns
     -------
@@ -229,28 +232,48 @@ def gauss_newton(network, params, examples, loss, batch_size=None):
     is summed over positions before it is squared. Layers other than `nnx.Linear` and `nnx.Conv`,
     and networks without `layers`, take a general and slower path: one gradient an example.
     """
+    return _squares(_Factors(loss), network, params, examples, batch_size)
+
+
+def _squares(factors, network, params, examples, batch_size, *options):
     if _has_fast_layers(network, params, examples):
         dense = _is_dense_chain(network, params, examples)
-        return _gauss_newton_layers(
-            network, loss, batch_size or (1000 if dense else 25), params, examples
-        )
-    return _gauss_newton_general(network, loss, batch_size or 100, params, examples)
+        batch_size = batch_size or (1000 if dense else 25)
+        return _gauss_newton_layers(network, factors, batch_size, params, examples, *options)
+    return _gauss_newton_general(network, factors, batch_size or 100, params, examples, *options)
 
 
 def loss_factor(loss, logits, labels):
     """Signs ``[n, c]`` and vectors ``[n, c, c]`` with ``∇²_z E_n = Σ_c sign_c s_c s_cᵀ``."""
-    if loss is cross_entropy:
-        p = jax.nn.softmax(logits)
-        eye = jnp.eye(p.shape[1], dtype=p.dtype)[None]
-        vectors = jnp.sqrt(p)[:, :, None] * (eye - p[:, None, :])
-        return jnp.ones_like(p), vectors
-    hessians = jax.vmap(jax.hessian(lambda z, y: loss(z[None], y[None])[0]))(logits, labels)
-    values, vectors = jnp.linalg.eigh(hessians)
-    return jnp.sign(values), (vectors * jnp.sqrt(jnp.abs(values))[:, None, :]).swapaxes(1, 2)
+    count, one = _Factors(loss)(logits, labels)
+    return jax.vmap(one, out_axes=1)(jnp.arange(count))
+
+
+class _Factors(NamedTuple):
+    """`loss_factor` one by one: how many, and a function ``c -> sign_c [n], s_c [n, classes]``.
+
+    So a thousand classes need not be in memory together.
+    """
+
+    loss: Callable
+
+    def __call__(self, logits, labels):
+        if self.loss is cross_entropy:
+            p = jax.nn.softmax(logits)
+
+            def one(c):
+                e_c = jax.nn.one_hot(c, p.shape[1], dtype=p.dtype)[None]
+                return jnp.ones_like(p[:, 0]), jnp.sqrt(p[:, c])[:, None] * (e_c - p)
+
+            return p.shape[1], one
+        of_one = jax.hessian(lambda z, y: self.loss(z[None], y[None])[0])
+        values, vectors = jnp.linalg.eigh(jax.vmap(of_one)(logits, labels))
+        vectors = vectors * jnp.sqrt(jnp.abs(values))[:, None, :]
+        return values.shape[1], lambda c: (jnp.sign(values[:, c]), vectors[:, :, c])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _gauss_newton_layers(network, loss, batch_size, params, examples):
+def _gauss_newton_layers(network, factors, batch_size, params, examples, *options):
     def batch(images, labels, weights):
         def shifted(shifts):
             return _shifted_apply(network, params, shifts, images)
@@ -258,38 +281,36 @@ def _gauss_newton_layers(network, loss, batch_size, params, examples):
         outputs = jax.eval_shape(lambda x: _walk(network, params, x)[1], images)
         zeros = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), outputs)
         logits, pull, inputs = jax.vjp(shifted, zeros, has_aux=True)
-        signs, vectors = loss_factor(loss, logits, labels)
-        factors = weights[:, None] * signs
-        return _sum_of_squares(network, params, pull, inputs, factors, vectors)
+        count, one = factors(logits, labels, *options)
+        return _sum_of_squares(network, params, pull, inputs, weights, count, one)
 
     return mean_over_batches(batch, examples, batch_size)
 
 
-def _sum_of_squares(network, params, pull, inputs, factors, vectors):
-    """Σ_n Σ_c factor_nc (∂(s_ncᵀ z_n)/∂w)², for each weight of each layer."""
+def _sum_of_squares(network, params, pull, inputs, weights, count, one):
+    """Σ_n weight_n Σ_c sign_nc (∂(s_ncᵀ z_n)/∂w)², for each weight of each layer."""
     modules = {layer.name: layer.module(params) for layer in network.layers if layer.name}
     conv = [name for name in modules if not isinstance(modules[name], nnx.Linear)]
 
-    def add(dense, one_class):
-        vector, factor = one_class
-        signals = pull(vector)[0]
+    def add(dense, c):
+        sign, vector = one(c)
+        factor, signals = weights * sign, pull(vector)[0]
         dense = {name: dense[name] + factor[:, None] * signals[name] ** 2 for name in dense}
-        return dense, {name: signals[name] for name in conv}
+        return dense, (factor, {name: signals[name] for name in conv})
 
-    shapes = jax.eval_shape(lambda v: pull(v)[0], vectors[:, 0])
+    shapes = jax.eval_shape(lambda c: pull(one(c)[1])[0], 0)
     zeros = {
         name: jnp.zeros(shapes[name].shape, shapes[name].dtype)
         for name in modules
         if name not in conv
     }
     # Small matrix products gain by running on without a loop; convolutions take long to compile.
-    unroll = 1 if conv else min(10, vectors.shape[1])
-    classes = (vectors.swapaxes(0, 1), factors.T)
-    dense, signals = jax.lax.scan(add, zeros, classes, unroll=unroll)
+    unroll = 1 if conv else min(10, count)
+    dense, (factors, signals) = jax.lax.scan(add, zeros, jnp.arange(count), unroll=unroll)
     out = {name: _dense_squares(inputs[name], dense[name]) for name in dense}
     for name in conv:
         by_place = jnp.moveaxis(signals[name], 0, -2)
-        out[name] = _conv_squares(modules[name], inputs[name], by_place, factors)
+        out[name] = _conv_squares(modules[name], inputs[name], by_place, factors.T)
     return _like(params, out)
 
 
@@ -323,12 +344,13 @@ def _conv_squares(module, a, signals, factors):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _gauss_newton_general(network, loss, batch_size, params, examples):
+def _gauss_newton_general(network, factors, batch_size, params, examples, *options):
     def of_one(image, label):
         logits, pull = jax.vjp(lambda p: network.apply(p, scaled(image[None])), params)
-        signs, vectors = loss_factor(loss, logits, label[None])
-        squares = jax.tree.map(lambda g: g**2, jax.vmap(pull)(vectors[0][:, None, :])[0])
-        return jax.tree.map(lambda s: jnp.tensordot(signs[0], s, 1), squares)
+        count, one = factors(logits, label[None], *options)
+        signs, vectors = jax.vmap(one)(jnp.arange(count))  # [c, 1] and [c, 1, classes]
+        squares = jax.tree.map(lambda g: g**2, jax.vmap(pull)(vectors)[0])
+        return jax.tree.map(lambda s: jnp.tensordot(signs[:, 0], s, 1), squares)
 
     def batch(images, labels, weights):
         return jax.tree.map(
@@ -401,7 +423,9 @@ def _unit_by_unit(function, like) -> bool:
     Its Jacobian at a random point must be diagonal, ``J v = (J 1) ⊙ v`` for a random v; or must
     have at most a single 1 in each row, ``J v² = (J v)²``.
     """
-    return bool(jnp.allclose(*_two_sides(function, like), rtol=1e-4, atol=1e-4, equal_nan=True))
+    with jax.ensure_compile_time_eval():  # inside `jit`, too
+        sides = _two_sides(function, like)
+        return bool(jnp.allclose(*sides, rtol=1e-4, atol=1e-4, equal_nan=True))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -414,8 +438,13 @@ def _lecun1990(network, loss, batch_size, params, examples):
             values.append(layer(params, values[-1]))
         logits = values[-1]
         gradient = jax.vmap(jax.grad(lambda z, y: loss(z[None], y[None])[0]))(logits, labels)
-        signs, vectors = loss_factor(loss, logits, labels)
-        second = jnp.einsum("nc,ncj->nj", signs, vectors**2)
+        count, one = _Factors(loss)(logits, labels)
+
+        def add(second, c):
+            sign, vector = one(c)
+            return second + sign[:, None] * vector**2, None
+
+        second = jax.lax.scan(add, jnp.zeros_like(logits), jnp.arange(count))[0]
         out = {}
         for layer, x in zip(reversed(layers), reversed(values[:-1]), strict=True):
             if layer.name:
@@ -513,12 +542,73 @@ def _hutchinson(network, loss, batch_size, probes, params, examples, key):
     return unravel(totals[0] / probes), unravel(totals[1] / probes)
 
 
+# 6. Sampled: Gauss-Newton with drawn classes -----------------------------------------------------
+
+
+@_guarded
+def sampled(network, params, examples, loss, batch_size=None, *, draws=1, key=None, first=0):
+    """The mean of squared gradients, with labels drawn from the network's own probabilities.
+
+    For a class y drawn with probability p_y, the mean of ``(p - e_y)(p - e_y)ᵀ`` is the Hessian of
+    the cross-entropy in the logits, and ``Jᵀ(p - e_y)`` is the gradient as if y were the label
+    [5]_. So its square is, on average, what `gauss_newton` adds up over all classes: for the price
+    of one back-propagation a draw, however many classes there are. The error falls as
+    1/√(n·draws).
+
+    (With the true labels one gets the "empirical Fisher" instead, which is something else.)
+
+    Parameters
+    ----------
+    draws : int
+        Classes drawn for each example.
+    key : jax.random.key, optional
+        The source of randomness; by default ``jax.random.key(0)``.
+    first : int
+        The number of the first example, for a part of a longer stream: each draw depends on the
+        key and its example's number alone, whatever the batches and devices.
+
+    Raises
+    ------
+    ValueError
+        If the loss is not `passes.cross_entropy`, `draws` is less than 1, or `first` less than 0.
+    """
+    if loss is not cross_entropy:
+        raise ValueError(
+            'loss: method "sampled" draws classes from the softmax, so it knows the cross-entropy '
+            'only; for another loss use "gauss_newton"'
+        )
+    checks.whole("draws", draws)
+    if not isinstance(first, int) or first < 0:
+        raise ValueError(f"first: expected an integer of at least 0, got {first!r}; count from 0")
+    key = jax.random.key(0) if key is None else key
+    numbers = first + jnp.arange(len(examples.labels))
+    numbered = examples._replace(labels=numbers)
+    return _squares(_Drawn(draws), network, params, numbered, batch_size, key)
+
+
+class _Drawn(NamedTuple):
+    """As `_Factors`, for the examples' numbers instead of labels: ``(p - e_y) / √draws``."""
+
+    draws: int
+
+    def __call__(self, logits, numbers, key):
+        p = jax.nn.softmax(logits)
+
+        def one(draw):
+            keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), draw))(numbers)
+            drawn = jax.nn.one_hot(jax.vmap(jax.random.categorical)(keys, logits), p.shape[1])
+            return jnp.ones_like(p[:, 0]), (p - drawn.astype(p.dtype)) / self.draws**0.5
+
+        return self.draws, one
+
+
 METHODS = {
     "gauss_newton": gauss_newton,
     "neuron": neuron,
     "one_hot": one_hot,
     "lecun1990": lecun1990,
     "hutchinson": hutchinson,
+    "sampled": sampled,
 }
 
 

@@ -139,8 +139,8 @@ RECIPES = {
     "fair_dropout": ("fair dropout", COLOURS["dropout"], "-"),
     "plain_2016": ("plain, 2016", COLOURS["accent"], "--"),
     "dropout_2016": ("dropout, 2016", COLOURS["other"], ":"),
-    "slow_2016": ("slow, no dropout", COLOURS["accent"], ":"),
-    "fast_dropout_2016": ("fast, dropout", COLOURS["other"], "--"),
+    "slow_2016": ("plain, 2016, low rate", COLOURS["accent"], ":"),
+    "fast_dropout_2016": ("dropout, 2016, high rate", COLOURS["other"], "--"),
     "short_2016": ("cut short, no dropout", COLOURS["published"], ":"),
 }
 
@@ -432,15 +432,15 @@ def two_by_two(accuracies: dict, title: str = ""):
 def paired_difference(differences: dict, percents, title: str = "", enlarged=None):
     """Differences of test accuracy, seed by seed, ``{name: (array [seeds, levels], colour)}``.
 
-    `enlarged`, if given, is a part to be drawn again below: its limits, percent remaining (from,
-    to) and difference (from, to).
+    `enlarged`, if given, is the part of the first that is drawn again below: its limits, percent
+    remaining (from, to) and difference (from, to).
     """
     rows = 1 if enlarged is None else 2
     figure, axes = new(rows, 1, (7.5, 1 + 3.4 * rows), squeeze=False)
     table = {"comparison": [], "percent_remaining": [], "seed": [], "difference": []}
     left = 100 - np.asarray(percents)
-    for name, (runs, colour) in differences.items():
-        for ax in axes[:, 0]:
+    for number, (name, (runs, colour)) in enumerate(differences.items()):
+        for ax in axes[: 2 if number == 0 else 1, 0]:
             band(ax, left, runs, name, colour)
             ax.plot(left, np.transpose(runs), color=colour, linewidth=0.6, alpha=0.6)
         for seed, values in enumerate(runs):
@@ -454,7 +454,8 @@ def paired_difference(differences: dict, percents, title: str = "", enlarged=Non
     axes[0, 0].set_title(title)
     if enlarged is not None:
         axes[0, 0].set_xlabel("")
-        axes[1, 0].set(xlim=enlarged[0], ylim=enlarged[1], title="Enlarged")
+        axes[1, 0].set(xlim=enlarged[0], ylim=enlarged[1])
+        axes[1, 0].set_title(f"{next(iter(differences))}, enlarged")
         axes[1, 0].set_xticks(range(*enlarged[0], -2))
     _legend_below(figure, axes[0, 0])
     return figure, table

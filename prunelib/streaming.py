@@ -99,16 +99,25 @@ def hessian_diagonal(
     """
     checks.one_of("method", method, curvature.METHODS)
     checks.params(params)
-    length = 0
+    length = read = 0
+
+    def counted():
+        nonlocal read
+        for chunk in chunks:
+            yield chunk
+            read += count(chunk)  # also of chunks that a resumed pass does not measure again
 
     def measure(chunk):
         nonlocal length
         length = max(length, len(chunk.labels))  # a shorter one is filled up: it compiles nothing
         chunk = filled(chunk, length) if mesh is None else place(chunk, mesh)
-        return curvature.hessian_diagonal(network, params, chunk, method, **options)
+        place_in_stream = {"first": read} if method == "sampled" else {}
+        return curvature.hessian_diagonal(
+            network, params, chunk, method, **options, **place_in_stream
+        )
 
     key = {"method": method, "params": training.content(params)}
-    return mean(measure, chunks, folder=folder, key=key, every=every)
+    return mean(measure, counted(), folder=folder, key=key, every=every)
 
 
 def mean(

@@ -359,6 +359,78 @@ def test_hutchinson_as_a_method_gives_the_mean_and_repeats_itself(x64):
         curvature.hutchinson_estimate(network, params, examples, probes=1)
 
 
+# Drawn classes
+
+
+def small_convolution():
+    conv = partial(nnx.Conv, 1, 2, kernel_size=(3, 3), padding="VALID")
+    last = ("dense1", partial(nnx.Linear, 8, 3))
+    layers = [lambda x: x.reshape(len(x), 4, 4, 1), ("conv1", conv), jax.nn.relu, models.flatten]
+    return models.Network([*layers, last])
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolution", "no layers"])
+def test_drawn_classes_are_right_on_average(x64, kind):
+    """Within their standard error of Gauss-Newton, which the draws' spread gives."""
+    network = small_convolution() if kind == "convolution" else models.mlp((16, 5, 3))
+    params = jax.tree.map(lambda w: w.astype(float), network.init(jax.random.key(0)))
+    if kind == "no layers":
+        network = type("Bare", (), {"apply": staticmethod(network.apply)})()
+    images = jax.random.normal(jax.random.key(1), (6, 16))
+    examples = Examples(images, jnp.zeros(6, int))  # the labels don't matter
+    expected = ravel_pytree(curvature.hessian_diagonal(network, params, examples))[0]
+    sample = jnp.stack(
+        [
+            ravel_pytree(
+                curvature.hessian_diagonal(
+                    network, params, examples, "sampled", draws=50, key=jax.random.key(seed)
+                )
+            )[0]
+            for seed in range(40)
+        ]
+    )
+    spread = sample.std(0) / jnp.sqrt(39)
+    deviations = (sample.mean(0) - expected) / jnp.where(spread > 1e-12, spread, 1)
+    assert float(jnp.abs(deviations).max()) < 4.5
+    one = curvature.hessian_diagonal(network, params, examples, "sampled")
+    fifty = jnp.linalg.norm(sample - expected[None], axis=1).mean()
+    assert float(jnp.linalg.norm(ravel_pytree(one)[0] - expected)) > 2 * float(fifty)
+
+
+def test_draws_depend_on_the_key_and_not_on_the_batches(x64):
+    network, params, examples = dense_problem((6, 5, 4, 3), jax.nn.relu)
+    one, two = (
+        curvature.hessian_diagonal(
+            network, params, examples, "sampled", batch_size=size, key=jax.random.key(7)
+        )
+        for size in (1, 100)
+    )
+    assert error(one, two) < 1e-12
+    other = curvature.hessian_diagonal(
+        network, params, examples, "sampled", key=jax.random.key(8)
+    )
+    assert error(one, other) > 1e-3
+
+
+def test_draws_know_the_cross_entropy_only(x64):
+    network, params, examples = dense_problem((6, 5, 4, 3), jax.nn.relu)
+    with pytest.raises(ValueError, match='loss: method "sampled" draws classes from the softmax'):
+        curvature.hessian_diagonal(
+            network, params, examples, "sampled", loss=lambda z, y: (z**2).sum(1)
+        )
+
+
+def test_many_classes_are_not_in_memory_together():
+    """What is computed for one batch of n examples and c classes has no array of n·c·c."""
+    network = models.mlp((5, 4, 200))
+    params = network.init(jax.random.key(0))
+    examples = Examples(jnp.ones((100, 5)), jnp.arange(100))
+    for method in ("gauss_newton", "lecun1990"):
+        program = jax.jit(lambda p, e, m=method: curvature.hessian_diagonal(network, p, e, m))
+        compiled = program.lower(params, examples).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 100 * 200 * 200
+
+
 # What it refuses, warns of, and does not do twice
 
 

@@ -175,7 +175,7 @@ def test_diagonal_is_linear_in_the_loss(seed, weights, method):
     seeds,
     st.permutations(range(5)),
     st.sampled_from([1, 2, 3, 7]),
-    st.sampled_from(sorted(curvature.METHODS)),
+    st.sampled_from(sorted(set(curvature.METHODS) - {"sampled"})),  # whose draws go by number
 )
 def test_order_and_batching_of_examples_do_not_matter(seed, order, batch_size, method):
     with jax.enable_x64(True):

@@ -1,5 +1,6 @@
 """The same pass on one device, on eight, in two processes, and chunk by chunk: one answer."""
 
+import itertools
 import os
 import re
 import shutil
@@ -73,7 +74,7 @@ def test_the_network_of_the_series():
 @pytest.mark.parametrize(
     ("method", "options"),
     [("gauss_newton", {}), ("neuron", {}), ("lecun1990", {}), ("one_hot", {"chunk": 8}),
-     ("hutchinson", {"probes": 3})],
+     ("hutchinson", {"probes": 3}), ("sampled", {"draws": 2})],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_each_method_is_the_same(method, options):
@@ -182,8 +183,8 @@ def test_the_work_is_shared_out(place):
     examples = some(2048)
 
     def compiled(examples):
-        program = curvature._gauss_newton_layers
-        return program.lower(NETWORK, passes.cross_entropy, 128, PARAMS, examples).compile()
+        program = jax.jit(partial(curvature.hessian_diagonal, NETWORK, batch_size=128))
+        return program.lower(PARAMS, examples).compile()
 
     one, eight = compiled(examples), compiled(place(examples))
     assert traffic(one) == {}
@@ -279,6 +280,25 @@ def test_a_stream_over_eight_devices():
     mesh = Mesh(jax.devices(), ("examples",))
     parts = streaming.chunks(STREAM, 30)
     assert_close(WHOLE, streaming.hessian_diagonal(NETWORK, PARAMS, parts, mesh=mesh))
+
+
+def test_a_stream_draws_the_classes_that_the_whole_draws(tmp_path):
+    """Also if it was interrupted: the draws go by the example's number."""
+    options = {"draws": 2, "key": jax.random.key(5)}
+    whole = curvature.hessian_diagonal(NETWORK, PARAMS, STREAM, "sampled", **options)
+    for size in (1, 10, 1000):
+        parts = streaming.chunks(STREAM, size)
+        found = streaming.hessian_diagonal(NETWORK, PARAMS, parts, "sampled", **options)
+        assert_close(whole, found)
+
+    def broken(chunks):
+        yield from itertools.islice(chunks, 5)
+        raise KeyboardInterrupt
+
+    stream = partial(streaming.hessian_diagonal, NETWORK, PARAMS, method="sampled", **options)
+    with pytest.raises(KeyboardInterrupt):
+        stream(chunks=broken(streaming.chunks(STREAM, 10)), folder=tmp_path, every=2)
+    assert_close(whole, stream(chunks=streaming.chunks(STREAM, 10), folder=tmp_path))
 
 
 def test_chunks_of_one_length_compile_once():

@@ -78,7 +78,8 @@ class Placed(NamedTuple):
     Attributes
     ----------
     images, labels : arrays [m, ...] and [m]
-        As in `Examples`; the first axis is filled up with zeros until the devices divide it.
+        As in `Examples`; the first axis is filled up with copies of the last example until
+        the devices divide it.
     real : bool array [m]
         False for what only fills up, and counts nowhere.
     """
@@ -157,6 +158,7 @@ def scaled(images: jax.Array | np.ndarray) -> jax.Array:
     FloatingPointError
         If one is NaN or infinite (not seen inside `jit`).
     """
+    checks.native("images", images)
     dtype = getattr(images, "dtype", None)
     if dtype == jnp.uint8:
         return jnp.asarray(images).astype(jnp.float32) / 255
@@ -198,7 +200,7 @@ def place(examples: Examples, mesh: Mesh | None = None) -> Placed:
 
 
 def filled(examples: Examples, length: int) -> Placed:
-    """Examples as NumPy arrays, filled up with zeros to `length`; only the given ones are real.
+    """Examples as NumPy arrays, filled up to `length` with copies of the last; those are not real.
 
     Raises
     ------
@@ -213,10 +215,12 @@ def filled(examples: Examples, length: int) -> Placed:
             "nothing is dropped here"
         )
     real = np.arange(length) < len(labels)
-    if more == 0:
-        return Placed(images, labels, real)
-    blank = [np.zeros((more, *x.shape[1:]), x.dtype) for x in (images, labels)]
-    return Placed(np.concatenate([images, blank[0]]), np.concatenate([labels, blank[1]]), real)
+    if more:
+        images, labels = (
+            np.concatenate([x, np.broadcast_to(x[-1:], (more, *x.shape[1:]))])
+            for x in (images, labels)
+        )
+    return Placed(images, labels, real)
 
 
 def collected(examples: Examples | Placed) -> Examples:

@@ -5,6 +5,7 @@ Every figure is saved beside the CSV it was drawn from: ``figures/result.png`` a
 """
 
 import csv
+import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -204,6 +205,37 @@ def along_one_weight(values, logits, losses, current: float):
     return figure, {"weight": np.asarray(values).tolist()} | table | {
         "loss": np.asarray(losses).tolist()
     }
+
+
+def two_way_street(widths, title: str = ""):
+    """How `gauss_newton` goes through a network of these widths: values forward, signals back."""
+    figure, ax = new(size=(7.5, 3.0))
+    layers = len(widths) - 1
+    box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "0.3"}
+    arrow = {"arrowstyle": "-|>", "lw": 2, "shrinkA": 0, "shrinkB": 0}
+    for place, width in enumerate(widths):
+        what = "pixels" if place == 0 else "logits" if place == layers else "units"
+        ax.text(place, 0, f"{width}\n{what}", ha="center", va="center", fontsize=10, bbox=box)
+    for place in range(layers):
+        ends = np.array([place + 0.27, place + 0.73])
+        ax.annotate("", (ends[1], 0.14), (ends[0], 0.14),
+                    arrowprops=arrow | {"color": COLOURS["magnitude"]})  # fmt: skip
+        if place:  # no signal goes back to the pixels
+            ax.annotate("", (ends[0], -0.14), (ends[1], -0.14),
+                        arrowprops=arrow | {"color": COLOURS["obd"], "lw": 3})  # fmt: skip
+        ax.text(place + 0.5, 0.27, f"$W_{place + 1}$", ha="center", fontsize=11)
+    note = {"fontsize": 10.5, "ha": "center"}
+    ax.text(layers / 2, 0.68, "forward, once: the inputs $a$ of each layer",
+            color=COLOURS["magnitude"], **note)  # fmt: skip
+    ax.text((layers + 1) / 2, -0.58, "back, ten times, one for each class: the signals $u_c$, from "
+            "$r_c=\\sqrt{p_c}(e_c-p)$", color=COLOURS["obd"], **note)  # fmt: skip
+    ax.text(layers / 2, -1.15, "for each layer, one matrix product:   $h_{ij}=\\frac{1}{N}\\,"
+            "\\sum_n\\, a_{ni}^2\\; \\sum_c u_{ncj}^2$", fontsize=13, ha="center")  # fmt: skip
+    ax.set(xlim=(-0.5, layers + 0.5), ylim=(-1.35, 0.85), title=title)
+    ax.axis("off")
+    sizes = itertools.pairwise(widths)
+    rows = [(number, *size, size[0] * size[1]) for number, size in enumerate(sizes, 1)]
+    return figure, _columns(("layer", "inputs", "units", "weights"), rows)
 
 
 def probe_errors(probes, errors, claimed, ranked):
@@ -887,7 +919,7 @@ def term_shares(panels: dict, title: str = "", size=(7.5, 4.4), floor: float = 0
             for share, (_, colour) in zip(shares, TERMS.values(), strict=True):
                 ax.bar(place, share, 0.85, edges[int(share < 0)], color=colour)
                 edges[int(share < 0)] += share
-        ax.set_xticks(range(len(cases)), cases)
+        ax.set_xticks(range(len(cases)), cases, fontsize=9 if len(cases) > 6 else None)
         ax.set_xlim(-0.6, len(cases) - 0.4)  # where a bar is left out, too
         ax.axhline(0, color="black", lw=0.8)
         ax.set_title(panel)

@@ -35,12 +35,15 @@ class Layer:
         The module without its parameters.
     kind : type or None
         The module's class.
+    shapes : dict or None
+        The shape and dtype of each of its parameters.
     """
 
     name: str | None
     function: Callable
     graph: nnx.GraphDef | None = None
     kind: type | None = None
+    shapes: dict | None = None
 
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         return self.module(params)(x) if self.name else self.function(x)
@@ -81,6 +84,8 @@ class Network:
     ------
     ValueError
         If names repeat or are not in alphabetical order.
+    TypeError
+        If a layer holds state besides its parameters (batch normalization, `nnx.Dropout`).
 
     Examples
     --------
@@ -102,6 +107,11 @@ class Network:
                 f"layers: names must be distinct and in alphabetical order, got {names}; "
                 "rename them (dense01, dense02, ...)"
             )
+
+    @property
+    def shapes(self) -> Params:
+        """The shape and dtype of each parameter: what `init` returns, without numbers."""
+        return {layer.name: layer.shapes for layer in self.layers if layer.name}
 
     def __eq__(self, other):
         return isinstance(other, Network) and self.layers == other.layers
@@ -175,7 +185,18 @@ def _layer(entry) -> Layer:
         )
     name, builder = entry
     module = nnx.eval_shape(lambda: builder(rngs=nnx.Rngs(0)))
-    return Layer(name, builder, nnx.split(module, nnx.Param)[0], type(module))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    try:
+        hash(graph)
+        held = list(nnx.to_pure_dict(rest))
+    except TypeError:
+        held = [key for key, value in vars(module).items() if isinstance(value, jax.Array)]
+    if held:
+        raise TypeError(
+            f"layers: {name!r}, {type(module).__name__}, holds {held} besides its parameters, and "
+            "a layer here is a pure function of those; leave it out, or write a function instead"
+        )
+    return Layer(name, builder, graph, type(module), nnx.to_pure_dict(params))
 
 
 def mlp(
@@ -228,7 +249,19 @@ def flatten(x: jax.Array) -> jax.Array:
     return x.reshape(len(x), -1)
 
 
-def convolve(x, kernel, window_strides, padding, **unused) -> jax.Array:
+def convolve(
+    x,
+    kernel,
+    window_strides,
+    padding,
+    *,
+    lhs_dilation=(1, 1),
+    rhs_dilation=(1, 1),
+    feature_group_count=1,
+    dimension_numbers=None,
+    precision=None,
+    out_sharding=None,
+) -> jax.Array:
     """A convolution as one matrix product: `jax.lax.conv_general_dilated` for the simplest case.
 
     On a CPU its gradient, inside a compiled loop, is some thirty times faster than that of XLA's
@@ -238,22 +271,31 @@ def convolve(x, kernel, window_strides, padding, **unused) -> jax.Array:
     ----------
     x : array ``[n, h, w, in]``
     kernel : array ``[kh, kw, in, out]``
-    window_strides, padding
-        Steps of 1 and no padding, or ValueError is raised.
+    window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count
+        Steps of 1, no padding, no dilation, one group, or ValueError is raised.
+    dimension_numbers, out_sharding
+        Given by nnx.Conv, and always those of the shapes above.
+    precision
+        As in `jax.lax.dot_general`.
 
     Returns
     -------
     array ``[n, h - kh + 1, w - kw + 1, out]``
     """
-    if set(window_strides) != {1} or padding != "VALID":
+    ones = {*window_strides, *lhs_dilation, *rhs_dilation, feature_group_count}
+    if ones != {1} or padding != "VALID":
         raise ValueError(
-            f"window_strides, padding: only steps of 1 and no padding, got {window_strides}, "
-            f"{padding!r}; leave nnx.Conv its own conv_general_dilated"
+            "window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count: only steps "
+            f"of 1, no padding, no dilation and one group, got {window_strides}, {padding!r}, "
+            f"{lhs_dilation}, {rhs_dilation}, {feature_group_count}; "
+            "leave nnx.Conv its own conv_general_dilated"
         )
     kh, kw, _, out = kernel.shape
     height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
     patches = [x[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
-    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, out)
+    return jnp.matmul(
+        jnp.concatenate(patches, axis=-1), kernel.reshape(-1, out), precision=precision
+    )
 
 
 def lenet5() -> Network:
@@ -282,7 +324,13 @@ def lenet5() -> Network:
 
 
 def _flat_order(network: Network) -> list[tuple[str, str]]:
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    shapes = network.shapes
+    others = {kind for layer in shapes.values() for kind in layer} - {"kernel", "bias"}
+    if others:
+        raise ValueError(
+            f"network: the order of the 2016 checkpoints knows kernels and biases only, found "
+            f"{sorted(others)}; use jax.flatten_util.ravel_pytree"
+        )
     return [(name, kind) for kind in ("kernel", "bias") for name in shapes if kind in shapes[name]]
 
 
@@ -300,13 +348,13 @@ def params_from_flat(flat: np.ndarray, network: Network | None = None) -> Params
     Raises
     ------
     ValueError
-        If `flat` is not a vector of the network's size.
+        If `flat` is not a vector of the network's size, or a layer has more than a kernel and a
+        bias.
     TypeError, FloatingPointError
         If its numbers are not floating-point, or not finite.
     """
     network = mlp() if network is None else network
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    order = _flat_order(network)
+    shapes, order = network.shapes, _flat_order(network)
     sizes = [shapes[name][kind].size for name, kind in order]
     checks.params(flat, "flat")
     flat = jnp.asarray(flat)
@@ -326,7 +374,6 @@ def flat_from_params(params: Params, network: Network | None = None) -> jax.Arra
     """The inverse of `params_from_flat`: one vector, all weights and then all biases."""
     network = mlp() if network is None else network
     checks.params(params)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    checks.same_tree("params", params, "the network's params", shapes)
+    checks.same_tree("params", params, "the network's params", network.shapes)
     order = _flat_order(network)
     return jnp.concatenate([params[name][kind].ravel() for name, kind in order])

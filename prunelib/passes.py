@@ -41,11 +41,11 @@ def mean_over_batches(
 ) -> Any:
     """The sum over batches of ``function(images, labels, weights)``, as one `lax.scan`.
 
-    The weights are 1/n for each of the n examples, and 0 for the padding that fills the last
-    batch; so a function that sums ``weights * (something per example)`` gets the exact mean over
-    the data, whatever the batch size. What rounding adds to the sum of one batch is taken off the
-    next (Kahan's compensated summation), so thousands of small batches are as exact as one. To be
-    called inside `jit`.
+    The weights are 1/n for each of the n examples, and 0 for the copies of the last example that
+    fill the last batch (no blank ones, for which some networks give NaN); so a function that sums
+    ``weights * (something per example)`` gets the exact mean over the data, whatever the batch
+    size. What rounding adds to the sum of one batch is taken off the next (Kahan's compensated
+    summation), so thousands of small batches are as exact as one. To be called inside `jit`.
 
     Examples that are spread over the devices of a mesh (`data.place`, or `jax.device_put` with a
     `NamedSharding` of the first axis) stay where they are: each batch takes as many from each
@@ -64,10 +64,10 @@ def mean_over_batches(
     batches = min(share, -(-n // batch_size))
     size = -(-share // batches)  # equal batches: the least padding
 
-    def cut(x):
+    def cut(x, mode="edge"):
         """``[n, ...]`` -> ``[batches, devices * size, ...]``, and no device gives anything away."""
         x = x.reshape(devices, share, *x.shape[1:])
-        x = jnp.pad(x, [(0, 0), (0, batches * size - share)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, [(0, 0), (0, batches * size - share)] + [(0, 0)] * (x.ndim - 2), mode)
         x = x.reshape(devices, batches, size, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(batches, devices * size, *x.shape[3:])
 
@@ -78,7 +78,7 @@ def mean_over_batches(
     weights = jnp.full(n, 1 / n, dtype)
     if real is not None:
         weights = real / real.sum(dtype=weights.dtype)
-    batched = (cut(examples.images), cut(examples.labels), cut(weights))
+    batched = (cut(examples.images), cut(examples.labels), cut(weights, "constant"))
 
     def step(sums, batch):
         total, excess = sums

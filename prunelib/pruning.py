@@ -49,7 +49,8 @@ def obd_saliency(params: Any, diagonal: Any) -> Any:
         If the two pytrees differ in structure or shapes.
     FloatingPointError
         If the diagonal has NaN or infinite entries, or is zero everywhere: a ranking of equal
-        scores is the order of the indices, and says nothing about the parameters.
+        scores is the order of the indices, and says nothing about the parameters. Or if a score
+        overflows.
     """
     checks.params(params)
     checks.params(diagonal, "diagonal")
@@ -59,15 +60,17 @@ def obd_saliency(params: Any, diagonal: Any) -> Any:
             "diagonal: every entry is exactly zero, so that nothing would be ranked; "
             "if the loss is below rounding, compute in float64, or rank by magnitude"
         )
-    return _each(_half_h_w_squared, params, diagonal)
+    return checks.finite("the saliencies", _each(_half_h_w_squared, params, diagonal))
 
 
 def _half_h_w_squared(w, h):
-    return 0.5 * h * w**2
+    dtype = jnp.promote_types(jnp.result_type(w, h), jnp.float32)  # at least
+    return 0.5 * h.astype(dtype) * w.astype(dtype) ** 2
 
 
 def random_scores(key: jax.Array, params: Any) -> Any:
     """Uniform random scores, the baseline that any criterion must beat; shaped like `params`."""
+    checks.key(key)
     checks.params(params)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
@@ -77,9 +80,27 @@ def random_scores(key: jax.Array, params: Any) -> Any:
 
 
 def weights_only(params: Any) -> Any:
-    """A pytree for `prunable`: False for every leaf named "bias", True for the others."""
+    """A pytree for `prunable`: False for every leaf named "bias", True for the others.
+
+    Raises
+    ------
+    TypeError
+        If a leaf has no name, being an array alone, or in a list or a tuple.
+    """
     checks.params(params)
-    return jax.tree.map_with_path(lambda path, _: getattr(path[-1], "key", "") != "bias", params)
+
+    def is_weight(path, _):
+        names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+        if names[-1:] == ["value"]:  # inside an nnx.Param
+            names.pop()
+        if not (names and isinstance(names[-1], str)):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)}: expected a name for each array, such as "
+                '"kernel" or "bias", found none; make a pytree of bools yourself'
+            )
+        return names[-1] != "bias"
+
+    return jax.tree.map_with_path(is_weight, params)
 
 
 # Ranking and masks -------------------------------------------------------------------------------
@@ -101,14 +122,15 @@ def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
     -------
     pytree of int32
         Shaped like `scores`. Equal scores are ranked in the order of ``jax.tree.leaves`` (dict
-        keys sorted), and row by row within an array.
+        keys sorted), and row by row within an array. On a CPU, scores below the smallest normal
+        number (1.2e-38 in float32) count as zero, and so as equal.
 
     Raises
     ------
     ValueError
         For an unknown scope, an empty pytree, or a `prunable` of another structure.
     TypeError
-        If scores are complex or no arrays of numbers.
+        If scores are complex or no arrays of numbers, or `prunable` holds anything but bools.
     FloatingPointError
         If a score is NaN or infinite: it has no place in any order.
     """
@@ -154,6 +176,7 @@ def _checked(scores, scope, prunable):
                 f"scores{jax.tree_util.keystr(path)}: expected real numbers, "
                 f"got {dtype or type(leaf).__name__}; rank the magnitude, or a real saliency"
             )
+    checks.convertible("scores", scores)
     checks.finite("scores", scores)
     if prunable is None:
         return leaves, structure, [True] * len(leaves)
@@ -162,6 +185,12 @@ def _checked(scores, scope, prunable):
             f"prunable: expected one bool for each leaf of scores, {structure}, "
             f"got {jax.tree.structure(prunable)}; make it as weights_only(params) does"
         )
+    for path, free in jax.tree.leaves_with_path(prunable):
+        if np.asarray(free).dtype != bool:
+            raise TypeError(
+                f"prunable{jax.tree_util.keystr(path)}: expected a bool, got {free!r}; "
+                "make it as weights_only(params) does"
+            )
     return leaves, structure, [bool(f) for f in jax.tree.leaves(prunable)]
 
 

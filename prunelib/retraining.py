@@ -24,9 +24,9 @@ import optax
 from tqdm.auto import tqdm
 
 from prunelib import checks, curvature, pruning, training
-from prunelib.data import Examples, cache_dir, collected, load_mnist
+from prunelib.data import Examples, cache_dir, collected, load_mnist, scaled
 from prunelib.models import lenet5, lenet300, mlp
-from prunelib.passes import cross_entropy
+from prunelib.passes import count, cross_entropy
 
 SHIPPED = Path(__file__).parent / "runs" / "retraining"
 
@@ -38,7 +38,7 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
     """Hold pruned parameters at exactly zero, whatever the optimizer wants.
 
     To be put *after* the optimizer: it replaces the update of each pruned parameter by ``-w``, so
-    that neither momentum nor weight decay, which act on zero gradients too, revives anything.
+    that no momentum, which still moves a parameter whose gradient is zero, revives anything.
 
     Parameters
     ----------
@@ -144,6 +144,9 @@ def prune_and_retrain(
 
     Parameters
     ----------
+    network
+        A models.Network, or any with ``apply(params, images)``; for a recipe with dropout,
+        ``apply(params, images, keep=..., key=...)``.
     params : pytree ``[seeds, ...]``
         Trained networks, one for each seed, as in `training.Runs`.
     percents : sequence of numbers
@@ -160,17 +163,16 @@ def prune_and_retrain(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         If `percents` falls, is empty or not from 0 to 100, `criterion` or `scope` is unknown,
-        `scored_on` is less than 1, or the leading axis of `params` is not as long as `seeds`; see
-        also `checks.network_inputs`.
+        `scored_on` is less than 1, the leading axis of `params` is not as long as `seeds`, or the
+        recipe asks for dropout and the network has none; see also `checks.network_inputs`.
     FloatingPointError
         If retraining diverged, or scores are NaN, infinite or all exactly zero.
     """
     seeds = checks.seeds(seeds)
-    one = _check(network, params, train, percents, recipe, criterion, seeds)
-    for percent in percents:
-        pruning.counts(one, percent, scope)
+    percents = list(percents) if np.iterable(percents) else [percents]
+    one = _check(network, params, train, test, percents, recipe, criterion, scope, seeds)
     if scored_on is not None:
         checks.whole("scored_on", scored_on)
     data = jax.device_put(collected(train))
@@ -200,24 +202,33 @@ def prune_and_retrain(
     return Retrained(np.array(percents), *columns, kept, params)
 
 
-def _check(network, params, train, percents, recipe, criterion, seeds):
+def _check(network, params, train, test, percents, recipe, criterion, scope, seeds):
     checks.one_of("criterion", criterion, CRITERIA)
     training.check_recipe(recipe)
     checks.params(params)
-    if not len(percents) or list(percents) != sorted(percents):
-        raise ValueError(f"percents: expected some, and never falling, got {list(percents)}")
-    lengths = {len(leaf) for leaf in jax.tree.leaves(params)}
-    if lengths != {len(seeds)}:
+    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+    if lengths != {(len(seeds),)}:
         raise ValueError(
             f"params: expected a leading axis over the {len(seeds)} seeds, got lengths "
             f"{sorted(lengths)}; pass runs.params and seeds=runs.seeds"
         )
-    if len(train.labels) < recipe.batch:
-        raise ValueError(
-            f"train: {len(train.labels)} examples do not fill a batch of {recipe.batch}; pass more"
-        )
     one = jax.tree.map(lambda leaf: leaf[0], params)
-    checks.network_inputs(network, one, train)
+    for percent in percents:
+        pruning.counts(one, percent, scope)
+    if not percents or percents != sorted(percents):
+        raise ValueError(
+            f"percents: expected some, none lower than the one before, got {percents}; sort them"
+        )
+    for name, examples in (("train", train), ("test", test)):
+        try:
+            checks.network_inputs(network, one, examples)
+        except (TypeError, ValueError, FloatingPointError) as error:
+            raise type(error)(f"{name}: {error}") from error
+    training.check_dropout(network, recipe)
+    if count(train) < recipe.batch:
+        raise ValueError(
+            f"train: {count(train)} examples do not fill a batch of {recipe.batch}; pass more"
+        )
     return one
 
 
@@ -265,8 +276,10 @@ def _retrain(network, recipe, params, kept, examples, keys):
         batches = order.ravel()[: steps * batch].reshape(steps, batch)
 
         def objective(params, batch, number):
-            dropout = jax.random.fold_in(noise, number) if recipe.keep < 1 else None
-            logits = network.apply(params, images[batch], keep=recipe.keep, key=dropout)
+            dropout = {}  # without it, apply need not know of it
+            if recipe.keep < 1:
+                dropout = {"keep": recipe.keep, "key": jax.random.fold_in(noise, number)}
+            logits = network.apply(params, scaled(images[batch]), **dropout)
             return cross_entropy(logits, labels[batch]).mean()
 
         def step(state, scanned):
@@ -380,9 +393,20 @@ def experiment(plan: Plan, mnist, *, fresh: bool = False) -> Outcome:
 
     Parameters
     ----------
+    plan : Plan
+    mnist
+        What `data.load_mnist` gives: examples `train` and `test`.
     fresh : bool
         Run it in any case, and keep nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `plan` is no Plan or something in it is unknown, or `mnist` is no such thing; see also
+        `prune_and_retrain`.
     """
+    _check_plan(plan)
+    _check_data(mnist)
     key = _key(plan, mnist)
     own = cache_dir() / "retraining" / f"{plan.name}.json"
     for file in () if fresh else (SHIPPED / f"{plan.name}.json", own):
@@ -393,6 +417,30 @@ def experiment(plan: Plan, mnist, *, fresh: bool = False) -> Outcome:
     if not fresh:
         _save(outcome, own, key)
     return outcome
+
+
+def _check_plan(plan):
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}; choose one of plans()")
+    checks.one_of("plan.start", plan.start, STARTS)
+    checks.one_of("plan.criterion", plan.criterion, CRITERIA)
+    checks.one_of("plan.scope", plan.scope, pruning.SCOPES)
+    training.check_recipe(plan.retraining)
+    if plan.one_shot and not set(plan.kept) <= set(KEPT):
+        raise ValueError(
+            f"plan.kept: a one-shot level has the budget of the loop through {KEPT} up to it, "
+            f"got {plan.kept}; choose some of those"
+        )
+
+
+def _check_data(mnist):
+    for part in ("train", "test"):
+        if not hasattr(mnist, part):
+            raise TypeError(
+                f"mnist: expected examples train and test, got {type(mnist).__name__} without "
+                f"{part}; pass load_mnist()"
+            )
+        checks.examples(getattr(mnist, part))
 
 
 def _key(plan, mnist) -> dict:
@@ -479,22 +527,32 @@ def _fetch(file: Path, key: dict, names: set[str]) -> dict | None:
             return None
         found = jax.tree.map(np.array, record["outcome"], is_leaf=lambda x: isinstance(x, list))
         _check_whole(found, names, len(key["seeds"]))
-    except (ValueError, KeyError, TypeError, FloatingPointError) as error:
+    except Exception as error:  # whatever is wrong with it, it can be computed again
         warnings.warn(f"{file} is damaged ({error}); running it again", stacklevel=4)
         return None
     return found
 
 
+# What no curve exceeds; accuracies, under whatever name, 1.
+_MOST = {"kept": 100, "loss": np.inf, "seconds": np.inf, "megabytes": np.inf, "left": np.inf}
+
+
 def _check_whole(found, names, seeds):
-    """Raise unless the dict has these names, and its curves are finite, ``[seeds, levels]``."""
-    if found.keys() != names or not found["left"]:
+    """Raise unless the dict has these names, and its curves are possible, ``[seeds, levels]``."""
+    if found.keys() != names or not jax.tree.leaves(found["left"]):
         raise ValueError(f"it has {sorted(found)} instead of {sorted(names)}")
     checks.finite("its numbers", found)
     levels = len(found["kept"])
+    deep = {"left": 3 if names == CURVES_NAMES else 2}  # by array, or by curve and array
+    shapes = {"kept": (levels,), "seconds": (seeds,), "megabytes": ()}
     for path, leaf in jax.tree.leaves_with_path(found):
-        expected = {"kept": (levels,), "seconds": (seeds,), "megabytes": ()}
-        if leaf.shape != expected.get(path[0].key, (seeds, levels)):
-            raise ValueError(f"{jax.tree_util.keystr(path)} has shape {leaf.shape}")
+        name, where = path[0].key, jax.tree_util.keystr(path)
+        if len(path) != deep.get(name, 1) or leaf.shape != shapes.get(name, (seeds, levels)):
+            raise ValueError(f"{where} has shape {leaf.shape}")
+        if leaf.dtype.kind not in ("i" if name == "left" else "if"):
+            raise TypeError(f"{where} has numbers of type {leaf.dtype}")
+        if leaf.min() < 0 or leaf.max() > _MOST.get(name, 1):
+            raise ValueError(f"{where} goes from {leaf.min()} to {leaf.max()}")
 
 
 # LeNet-5 without retraining ----------------------------------------------------------------------
@@ -523,6 +581,7 @@ def lenet5_curves(mnist, *, fresh: bool = False) -> dict:
         by a name such as "obd-all": the test accuracy ``[seeds, levels]``. By "left" and such a
         name, a dict: how many entries each array of the network has left ``[seeds, levels]``.
     """
+    _check_data(mnist)
     key = _curves_key(mnist)
     own = cache_dir() / "retraining" / f"{CURVES}.json"
     for file in () if fresh else (SHIPPED / own.name, own):

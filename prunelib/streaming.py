@@ -37,7 +37,7 @@ def chunks(source: Any, size: int = 10_000) -> Iterator[Examples]:
     Raises
     ------
     TypeError, ValueError
-        If the source is neither, or `size` is less than 1.
+        If the source is neither, or `size` is less than 1; while reading, if a label is no integer.
     """
     checks.whole("size", size)
     if hasattr(source, "images"):
@@ -59,7 +59,14 @@ def _read(source, places) -> Examples:
     several = getattr(source, "__getitems__", lambda places: [source[i] for i in places])
     records = several(places)
     images = np.stack([np.ravel(record["image"]) for record in records])
-    return Examples(images, np.array([record["label"] for record in records], np.int32))
+    labels = np.array([record["label"] for record in records])
+    checks.labels(labels)
+    if (labels != labels.astype(np.int32)).any():
+        raise ValueError(
+            f"labels: found {labels.min()} to {labels.max()}, which 32 bits do not hold; "
+            "number the classes from 0"
+        )
+    return Examples(images, labels.astype(np.int32))
 
 
 def hessian_diagonal(
@@ -95,7 +102,8 @@ def hessian_diagonal(
     Raises
     ------
     ValueError, TypeError, FloatingPointError
-        As `mean` and `curvature.hessian_diagonal`.
+        As `mean` and `curvature.hessian_diagonal`; and if there is a `folder`, and an option such
+        as ``loss`` that no key can tell from others: a function that is in no library.
     """
     checks.one_of("method", method, curvature.METHODS)
     checks.params(params)
@@ -117,6 +125,14 @@ def hessian_diagonal(
         )
 
     key = {"method": method, "params": training.content(params)}
+    for name, value in options.items():
+        key[name] = training.in_words(value)
+        if folder is not None and key[name] is None:
+            raise ValueError(
+                f"{name}: a sum that is kept is known by the names and numbers of all options, and "
+                f"words do not tell this {type(value).__name__} from others; pass no folder, or "
+                "use streaming.mean with a key of your own"
+            )
     return mean(measure, counted(), folder=folder, key=key, every=every)
 
 
@@ -139,7 +155,8 @@ def mean(
     Parameters
     ----------
     measure : callable
-        A pytree of arrays or numbers, each a mean over the examples of a chunk.
+        A pytree of arrays or real numbers, each a mean over the examples of a chunk; shaped alike
+        for all chunks.
     chunks : iterable of Examples
     folder : path, optional
         For one pass only. What is kept is removed when the pass is done.
@@ -153,8 +170,8 @@ def mean(
     ValueError
         If there are no chunks; or they are not those of the kept sum; or `folder` is used in one of
         several processes.
-    TypeError
-        If a chunk is no `Examples`.
+    TypeError, ValueError
+        If a chunk is no `Examples`, or what `measure` gives is not as said above.
     FloatingPointError
         If the mean is NaN or infinite.
     """
@@ -175,6 +192,7 @@ def mean(
         seen += count(chunk)
         if kept is None or number == 1:
             value = measure(chunk)
+            _check_value(value, number, value if total is None else total)
             weight = count(chunk)
             share = jax.tree.map(lambda x, n=weight: n * np.asarray(x, np.float64), value)
             total = share if total is None else jax.tree.map(np.add, total, share)
@@ -230,6 +248,26 @@ def _another_stream(folder, record):
     )
 
 
+def _check_value(value, number, sums):
+    name = f"measure: its value for chunk {number}"
+    if not jax.tree.leaves(value):
+        raise TypeError(f"{name}: expected arrays or numbers, got {value!r}; return some")
+    for path, leaf in jax.tree.leaves_with_path(value):
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+        real = jnp.floating, jnp.integer, jnp.bool
+        if not any(jnp.issubdtype(dtype, kind) for kind in real):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)}: expected real numbers, got {dtype}; "
+                "return for instance the real and the imaginary part"
+            )
+    found, expected = (jax.tree.map(np.shape, tree) for tree in (value, sums))
+    if found != expected:
+        raise ValueError(
+            f"{name}: expected the shapes of the chunks before, {expected}, got {found}; "
+            "return a mean over the examples, shaped alike for all chunks"
+        )
+
+
 def _alike(one, two):
     return len(one) == len(two) and all(
         np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
@@ -264,7 +302,10 @@ def _newest(folder: Path, key):
             continue
         if record["key"] == key:
             return arrays, record
-        _start_over(kept, "it was kept under another key (other parameters, or another method)")
+        _start_over(
+            kept,
+            "it was kept under another key (other parameters, another method, or other options)",
+        )
     return None
 
 

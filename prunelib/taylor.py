@@ -81,11 +81,12 @@ def loss_change(
     FloatingPointError
         If a parameter, an image, the diagonal or a term is NaN or infinite.
     """
-    checks.network_inputs(network, params, examples, batch_size)
+    checks.network_inputs(network, params, examples, batch_size, loss)
     axes = _leading_axes(kept, params)
     if diagonal is None:
         diagonal = hessian_diagonal(network, params, examples, loss=loss)
     checks.same_tree("diagonal", diagonal, "params", params)
+    checks.convertible("diagonal", diagonal)
     checks.finite("diagonal", diagonal)
     masks = jax.tree.map(lambda k, w: jnp.reshape(k, (-1, *w.shape)), kept, params)
     first, own, half, actual = (
@@ -182,7 +183,7 @@ def layer_terms(
 
     Parameters and errors are those of `loss_change`; `kept` is a single mask.
     """
-    checks.network_inputs(network, params, examples, batch_size)
+    checks.network_inputs(network, params, examples, batch_size, loss)
     if axes := _leading_axes(kept, params):
         raise ValueError(f"kept: expected a single mask, shaped like params, got axes {axes} more")
     terms = _layer_terms(network, loss, batch_size, params, kept, examples)

@@ -8,6 +8,7 @@ them again from their seeds.
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -17,8 +18,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from types import CellType
 from typing import Any
 
 import jax
@@ -26,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from tqdm.auto import tqdm
 
 from prunelib import checks
 from prunelib.data import Examples, cache_dir, collected, load_mnist, scaled
-from prunelib.models import Network, mlp
+from prunelib.models import Network, dropout_here, mlp
 from prunelib.passes import count, cross_entropy
 
 SHIPPED = Path(__file__).parent / "runs"
@@ -153,8 +156,9 @@ def train(
     Raises
     ------
     ValueError, TypeError
-        If there are fewer examples than a batch holds, `seeds` is empty or not of integers, or a
-        recipe's numbers make no sense; see also `checks.network_inputs`.
+        If there are fewer examples than a batch holds, `seeds` is empty or not of integers, a
+        recipe's numbers make no sense or it asks for dropout that the network has no place for, or
+        `run_key` cannot tell the run from others; see also `checks.network_inputs`.
     FloatingPointError
         If the training diverged.
     """
@@ -175,14 +179,19 @@ def train(
 
 def _checked(network, recipe, examples, seeds) -> tuple[int, ...]:
     """The seeds, if all arguments of `train` make sense."""
-    if not isinstance(network, Network):
+    plain = isinstance(network, Network) and all(
+        getattr(getattr(network, name), "__func__", None) is getattr(Network, name)
+        for name in ("init", "apply")
+    )
+    if not plain:
         raise TypeError(
-            f"network: expected a models.Network, got {type(network).__name__}; "
-            "training needs its init, its layers and its dropout"
+            "network: expected a models.Network with the init and apply of that class, got "
+            f"{type(network).__name__}; make what is special a layer of a models.Network"
         )
     check_recipe(recipe)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(network))
-    checks.network_inputs(network, zeros, examples)
+    check_dropout(network, recipe)
+    start = _draw(_builders(network), recipe.std, jax.random.key(0))
+    checks.network_inputs(network, start, examples)
     seeds = checks.seeds(seeds)
     if count(examples) - recipe.held_out < recipe.batch:
         raise ValueError(
@@ -213,15 +222,34 @@ def check_recipe(recipe: Recipe) -> None:
             "_, - and single spaces, and not 'retraining', which is taken"
         )
     integers = (recipe.steps, 1), (recipe.batch, 1), (recipe.held_out, 0)
+    numbers = (recipe.learning_rate, np.inf), (recipe.keep, 1), (recipe.std or 1, np.inf)
     if not (
-        all(isinstance(number, int) and number >= least for number, least in integers)
-        and 0 < recipe.keep <= 1
-        and 0 < recipe.learning_rate < np.inf
-        and (recipe.std is None or 0 < recipe.std < np.inf)
+        all(type(number) is int and number >= least for number, least in integers)
+        and all(type(n) in (int, float) and 0 < n <= most and n < np.inf for n, most in numbers)
+        and (recipe.std is None or recipe.std > 0)
+        and type(recipe.decay) is type(recipe.summed) is bool
     ):
         raise ValueError(
             "recipe: expected integers steps >= 1, batch >= 1, held_out >= 0; 0 < keep <= 1; "
-            f"learning_rate > 0; std > 0 or None; got {recipe}; change it by dataclasses.replace"
+            "learning_rate > 0; std > 0 or None; decay and summed True or False (Python's own "
+            f"int, float and bool); got {recipe}; change it by dataclasses.replace"
+        )
+
+
+def check_dropout(network: Any, recipe: Recipe) -> None:
+    """Raise ValueError if `recipe` asks for dropout and `network` has no place for it."""
+    if recipe.keep == 1:
+        return
+    if isinstance(network, Network):
+        there = any(layer.function is dropout_here for layer in network.layers)
+    else:
+        names = inspect.signature(network.apply).parameters
+        there = {"keep", "key"} <= names.keys()
+    if not there:
+        raise ValueError(
+            f"network, recipe: {recipe.name!r} keeps activations with probability {recipe.keep}, "
+            "but the network has no place for dropout; put models.dropout_here among its layers "
+            "(or give apply keep and key), or use a recipe with keep=1"
         )
 
 
@@ -342,6 +370,11 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
     """Everything that determines a run, as a JSON-able dict; the same in every process.
 
     Versions of libraries are not in it: they change the last digits of a run, not what it is.
+
+    Raises
+    ------
+    ValueError
+        If a layer calls Python back, whose code is in no key.
     """
     content = hashlib.sha256()
     examples = collected(examples)
@@ -356,10 +389,11 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
         layers.append(_describe(layer, params, x))
         x = jax.eval_shape(layer, params, x)
     return {
-        "format": 3,
+        "format": 4,
         "recipe": dataclasses.asdict(recipe),
         "layers": layers,
-        "start": _sketch(_builders(network), recipe.std),
+        "start": _sketch(_draw(_builders(network), recipe.std, jax.random.key(0))),
+        "made by": {name: _words(build) for name, build in _builders(network)},
         "data": content.hexdigest(),
         "seeds": [int(seed) for seed in seeds],
     }
@@ -367,18 +401,19 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
 
 def _builders(network):
     """What makes the layers. Equal networks compute the same, and may yet start otherwise."""
-    return tuple((layer.name, layer.function) for layer in network.layers)
+    return tuple((layer.name, layer.function) for layer in network.layers if layer.name)
 
 
-@cache
-def _sketch(builders, std) -> dict[str, str]:
+# It runs once or twice, so the least time goes into compiling it.
+@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
+def _draw(builders, std, key):
+    return _start(Network(builders), std, key)
+
+
+def _sketch(start) -> dict[str, str]:
     """What each array starts as: to two digits, since processors differ in the last ones."""
-    network = Network([(name, build) if name else build for name, build in builders])
-    # It is drawn once, so the least time goes into compiling it.
-    hurried = {"xla_backend_optimization_level": 0}
-    draw = jax.jit(lambda key: _start(network, std, key), compiler_options=hurried)
     found = {}
-    for path, leaf in jax.tree.leaves_with_path(draw(jax.random.key(0))):
+    for path, leaf in jax.tree.leaves_with_path(start):
         low, spread, high = (f"{f(np.asarray(leaf)):.1e}" for f in (np.min, np.std, np.max))
         text = f"{leaf.dtype} {leaf.shape} from {low} to {high}, spread {spread}"
         found[jax.tree_util.keystr(path)] = text
@@ -391,41 +426,92 @@ def _describe(layer, params, x) -> str:
     Words are the same in all versions of JAX, and a program is not.
     """
     if not layer.name:
-        return _in_words(layer.function) or _computed(layer.function, x)
+        return in_words(layer.function) or _computed(layer.function, x)
     module = vars(nnx.eval_shape(lambda: layer.function(rngs=nnx.Rngs(0))))
     settings = {
-        name: value if isinstance(value, int | float | str) else _in_words(value)
+        name: value
         for name, value in module.items()
         if not (value is None or isinstance(value, nnx.Variable) or name.startswith("_pytree_"))
     }
-    text = f"{layer.name} = {layer.kind.__name__} {sorted(settings.items(), key=str)}"
-    if None in settings.values() or not _in_words(layer.kind):
+    text = f"{layer.name} = {_words(layer.kind)} {_words(settings)}"
+    if _UNTOLD in text:
         own = {layer.name: params[layer.name]}
         return f"{text}: {_computed(layer, own, x)}"
     return text
 
 
-def _in_words(value: Any) -> str | None:
-    """A number, a type, a dtype or a library's function by its name; None for anything else."""
+_UNTOLD = "<?>"  # stands where something of a value is not told
+_LIBRARIES = ("jax", "flax", "numpy", "optax", "prunelib")
+
+
+def in_words(value: Any) -> str | None:
+    """What tells `value` from all others, the same in every process; None if words do not."""
+    words = _words(value)
+    return None if _UNTOLD in words else words
+
+
+def _words(value: Any, within: tuple = ()) -> str:
+    """What can be told of a value; with _UNTOLD in it if that is not all."""
+    if any(value is each for each in within):  # a function that its own closure holds
+        return _UNTOLD
+    tell = partial(_words, within=(*within, value))
     if isinstance(value, int | float | str | None):
         return repr(value)
-    if isinstance(value, tuple):
-        words = [_in_words(each) for each in value]
-        return None if None in words else f"({', '.join(words)})"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(tell, value))})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(sorted(f'{tell(k)}: {tell(v)}' for k, v in value.items()))}}}"
     if isinstance(value, np.dtype | jax.lax.Precision):
         return value.name
-    name = getattr(value, "__name__", "<unnamed>")
-    library = (getattr(value, "__module__", None) or "").split(".")[0]
-    return name if library in ("jax", "flax", "numpy", "prunelib") and "<" not in name else None
+    if isinstance(value, np.ndarray | np.generic | jax.Array) and value.dtype != object:
+        return content(value)
+    if type(value) is partial:
+        return f"partial({tell(value.func)}, {tell(value.args)}, {tell(value.keywords)})"
+    name, home = getattr(value, "__name__", ""), getattr(value, "__module__", None) or ""
+    if home.split(".")[0] in _LIBRARIES:
+        # Where a library says that it is may change; where it is to be used does not.
+        for module in (jax.nn, jax.nn.initializers, jnp, jax.lax, nnx, sys.modules.get(home)):
+            if getattr(module, name, None) is value:
+                return f"{module.__name__}.{name}"
+    made_from = {}
+    if inspect.isfunction(value):  # by its name, and by what is in its closure or a default
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        empty = CellType()
+        made_from = {key: cell.cell_contents for key, cell in cells if cell != empty}
+        for key, parameter in inspect.signature(value, follow_wrapped=False).parameters.items():
+            if parameter.default is not parameter.empty and parameter.default is not None:
+                made_from[key] = parameter.default
+    name = getattr(value, "__qualname__", type(value).__name__)
+    return f"{name} {tell(made_from)} {_UNTOLD}"
 
 
 def _computed(function: Callable, *inputs) -> str:
     """A digest of what a function and its gradient compute on inputs of these shapes."""
-    jaxpr = jax.make_jaxpr(lambda *x: jax.vjp(function, *x)[1](function(*x)))(*inputs)
-    digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", str(jaxpr)).encode())
-    for constant in jaxpr.consts:
-        digest.update(np.ascontiguousarray(constant))
-    return f"{getattr(function, '__name__', '<unnamed>')} {digest.hexdigest()[:16]}"
+    program = jax.make_jaxpr(lambda *x: jax.vjp(function, *x)[1](function(*x)))(*inputs)
+    digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", str(program)).encode())
+    name = getattr(function, "__name__", "<unnamed>")
+    for value in _values(program, name):
+        digest.update(content(value).encode())
+    return f"{name} {digest.hexdigest()[:16]}"
+
+
+def _values(program, name):
+    """All constants of a program and of those that it calls; what it prints may leave out some."""
+    if isinstance(program, ClosedJaxpr):
+        yield from program.consts
+        program = program.jaxpr
+    for equation in program.eqns:
+        if "callback" in equation.primitive.name:
+            raise ValueError(
+                f"network: {name} calls Python back ({equation.primitive.name}), and no key can "
+                "tell what that computes; pass fresh=True, so that nothing is kept or fetched"
+            )
+        yield from (entry.val for entry in equation.invars if isinstance(entry, Literal))
+        for value in jax.tree.leaves(equation.params):
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                yield from _values(value, name)
+            elif hasattr(value, "__array__") and not isinstance(value, type):
+                yield value
 
 
 def _digest(value) -> str:
@@ -436,6 +522,8 @@ def content(tree: Any) -> str:
     """A digest of all numbers of a pytree, of their dtypes, shapes and places."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         leaf = np.ascontiguousarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf)

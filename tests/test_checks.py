@@ -5,11 +5,13 @@ tried on one function; the test summary counts them.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
 import types
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from prunelib import (
     models,
     passes,
     pruning,
+    retraining,
     streaming,
     taylor,
     training,
@@ -71,6 +74,15 @@ class WithDropout:
         )
 
 
+class Unhashable:
+    """A loss that cannot be an argument of a compiled program."""
+
+    __hash__ = None
+
+    def __call__(self, logits, labels):
+        return passes.cross_entropy(logits, labels)
+
+
 # Good arguments, by name -------------------------------------------------------------------------
 
 DIAGONAL = each(PARAMS, jnp.abs)
@@ -83,6 +95,7 @@ GOOD = {
     "method": "neuron",
     "probes": 2,
     "draws": 1,
+    "chunk": 2,
     "first": 0,
     "scores": DIAGONAL,
     "percent": 50,
@@ -108,6 +121,9 @@ GOOD = {
     "index": 0,
     "key": jax.random.key(0),
     "window_strides": (1, 1),
+    "lhs_dilation": (1, 1),
+    "rhs_dilation": (1, 1),
+    "feature_group_count": 1,
     "padding": "VALID",
     "loss": passes.cross_entropy,
     "mesh": jax.sharding.Mesh(jax.devices(), ("examples",)),
@@ -116,6 +132,12 @@ GOOD = {
     "size": 4,
     "chunks": [EXAMPLES],
     "every": 2,
+    "train": EXAMPLES,
+    "test": EXAMPLES,
+    "criterion": "magnitude",
+    "scored_on": 4,
+    "plan": retraining.Plan("tiny", "magnitude", steps=1, kept=(50,)),
+    "mnist": types.SimpleNamespace(train=EXAMPLES, test=EXAMPLES),
 }
 
 
@@ -129,6 +151,9 @@ NUMBERS = FINITE | {
     "complex": (lambda tree: each(tree, lambda w: w + 0j), "complex64"),
     "no arrays": (lambda tree: {}, "no arrays|structure|layers are"),
     "strings": (lambda tree: each(tree, lambda w: "0.5"), r"got str|got \(\)|leading axis"),
+    "other bytes": (lambda tree: each(tree, lambda w: np.asarray(w).astype(">f4")), ">f4"),
+    "too large": (lambda tree: each(tree, lambda w: np.full(w.shape, 1e300)), r"1e\+300"),
+    "too small": (lambda tree: each(tree, lambda w: np.full(w.shape, 1e-300)), "1e-300"),
 }
 FLOATS = NUMBERS | {"integers": (lambda tree: each(tree, lambda w: w.astype(int)), "int32")}
 SHAPES = {
@@ -147,6 +172,7 @@ PIXELS = {
     "bool": (lambda x: x > 0, "bool"),
     "complex": (lambda x: x + 0j, "complex64"),
     "a list": (lambda x: x.tolist(), "list"),
+    "other bytes": (lambda x: x.astype(">f4"), ">f4"),
 }
 PICTURES = {
     "too many pixels": (lambda x: np.tile(x, 2), r"\(8,\)|8\)"),
@@ -156,6 +182,7 @@ CLASSES = {
     "one-hot": (lambda y: np.eye(2, dtype=np.float32)[y], r"\(6, 2\)"),
     "floats": (lambda y: y.astype(np.float32), "float32"),
     "strings": (lambda y: y.tolist(), "list|shape"),
+    "other bytes": (lambda y: y.astype(">i4"), ">i4"),
     "one too few": (lambda y: y[1:], r"\(5,\)"),
 }
 RANGE = {
@@ -183,6 +210,7 @@ EXAMPLES_ALONE = {
     "empty": (lambda e: Examples(e.images[:0], e.labels[:0]), "none"),
     "a tuple": (tuple, "tuple"),
     "None": (lambda e: None, "NoneType"),
+    "none real": (lambda e: data.Placed(*e, np.zeros(len(e.labels), bool)), "all are False"),
 }
 EXAMPLES_ALL = EXAMPLES_ALONE | of("labels", RANGE) | of("images", {
     "too many pixels": PICTURES["too many pixels"],
@@ -198,20 +226,27 @@ NETWORKS = {
         lambda n: Wrapped(lambda z: z - z.mean(0, keepdims=True)),
         "other images|Wrapped",
     ),
+    "batch statistics of small logits": (
+        lambda n: Wrapped(lambda z: 1e-5 * (z - z.mean(0, keepdims=True))),
+        "other images|Wrapped",
+    ),
+    "integers": (lambda n: Wrapped(lambda z: z.astype(int)), "int32|Wrapped"),
     "two outputs": (lambda n: Wrapped(lambda z: (z, z)), "tuple|Wrapped"),
     "no hash": (lambda n: types.SimpleNamespace(apply=n.apply), "cannot be hashed|got SimpleNa"),
 }
 RECIPES = {
     "a name": (lambda r: "plain", "str"),
     **{
-        f"{name}={bad}": (lambda r, n=name, b=bad: change(**{n: b}), f"{name}={bad}")
+        f"{name}={bad!r}": (lambda r, n=name, b=bad: change(**{n: b}), f"{name}={bad!r}")
         for name, bads in {
-            "steps": (0, -5, 2.0),
-            "batch": (0, 1.5),
-            "keep": (0, 1.5, np.nan),
-            "learning_rate": (0.0, -1e-3, np.nan, np.inf),
-            "std": (0.0, -1.0, np.nan),
-            "held_out": (-1,),
+            "steps": (0, -5, 2.0, True),
+            "batch": (0, 1.5, True),
+            "keep": (0, 1.5, np.nan, True, None),
+            "learning_rate": (0.0, -1e-3, np.nan, np.inf, "0.1", True),
+            "std": (0.0, -1.0, np.nan, True, "0.1"),
+            "held_out": (-1, False),
+            "decay": ("no", 1, None),
+            "summed": ("no", 0, None),
         }.items()
         for bad in bads
     },
@@ -223,9 +258,30 @@ RECIPES = {
 SIZES = values(0, -1, 2.5, True, "64", np.nan)
 LEVELS = values(-1, -1e-9, 100.001, np.nan, np.inf, "half", "20", None, [5], 1j)
 BAD = {
+    "loss": {
+        "the mean": (lambda e: lambda z, y: e(z, y).mean(), "the mean is taken here"),
+        "a column": (lambda e: lambda z, y: e(z, y)[:, None], "the mean is taken here"),
+        "shares of the mean": (lambda e: lambda z, y: e(z, y) / len(y), "the mean is taken here"),
+        "the mean for each": (
+            lambda e: lambda z, y: jnp.broadcast_to(e(z, y).mean(), y.shape),
+            "the mean is taken here",
+        ),
+        "None": (lambda e: None, "None"),
+        "no hash": (lambda e: Unhashable(), "cannot be hashed"),
+        "no labels": (lambda e: lambda z: z, r"labels \(4,\)"),
+    },
+    "key": values(0, "seed") | {"keys": (lambda k: jax.random.split(k), r"\(2,\)")},
     "network": NETWORKS,
     "params": FLOATS | SHAPES,
     "params alone": FLOATS,
+    "params of a network": {
+        "one bias for all": (
+            lambda tree: tree | {"dense1": tree["dense1"] | {"bias": jnp.zeros(1)}},
+            r"expected shape \(3,\)",
+        ),
+        "other widths": (lambda tree: models.mlp((4, 5, 2)).init(GOOD["key"]), r"\(5,\)"),
+        "no bias": (lambda tree: each(tree, lambda w: w) | {"dense2": {}}, "structure"),
+    },
     "examples": EXAMPLES_ALL,
     "examples alone": EXAMPLES_ALONE,
     "batch_size": SIZES,
@@ -241,6 +297,8 @@ BAD = {
     | {"none": (lambda p: [], "none")},
     "scope": values("layers", "", None, ["all"]),
     "prunable": {
+        "strings": (lambda tree: each(tree, lambda _: "no"), "got 'no'"),
+        "a number": (lambda tree: each(tree, lambda _: 1), "got 1"),
         "one bool": (lambda tree: True, r"\*"),
         "a mask": (lambda tree: KEPT, "PyTreeDef"),
         "a layer is missing": (lambda tree: {"dense1": tree["dense1"]}, "dense1"),
@@ -251,6 +309,7 @@ BAD = {
     | {"zero everywhere": (lambda tree: each(tree, jnp.zeros_like), "every entry is exactly zero")},
     "diagonal of real numbers": FINITE | SHAPES,
     "kept": MASKS,
+    "kept alone": {what: MASKS[what] for what in ("scores", "integers")},
     "vector": FLOATS | SHAPES,
     "recipe": RECIPES,
     "recipe and examples": {
@@ -280,6 +339,7 @@ BAD = {
         "NaN": (lambda x: np.where(np.arange(x.size) == 3, np.nan, x), "1 of 47410"),
         "infinite": (lambda x: np.where(np.arange(x.size) == 3, np.inf, x), "1 of 47410"),
         "too short": (lambda x: x[1:], r"\(47409,\)"),
+        "too large": (lambda x: np.full(x.shape, 1e300), "1e.300"),
         "a matrix": (lambda x: x[None], r"\(1, 47410\)"),
         "integers": (lambda x: x.astype(int), "int64"),
     },
@@ -289,6 +349,12 @@ BAD = {
         "a number": (lambda _: [5], "5"),
         "a name alone": (lambda _: ["dense1"], "dense1"),
         "a name and a number": (lambda _: [("dense1", 5)], "5"),
+        "batch normalization": (lambda _: [("a", partial(nnx.BatchNorm, 4))], r"\['mean', 'var'\]"),
+        "dropout": (lambda _: [("a", partial(nnx.Dropout, 0.5))], "rngs"),
+        "a mask": (
+            lambda _: [("a", partial(nnx.Conv, 1, 1, (2,), mask=jnp.ones((2, 1, 1))))],
+            "mask",
+        ),
     },
     "figure": values(None, says="NoneType"),
     "name": values("", "a/b", "..", says="''|'a/b'|'..'"),
@@ -304,8 +370,30 @@ BAD = {
         "a row of arrays": (lambda t: {"x": np.ones((2, 2))}, "has arrays in its rows"),
     },
     "index": values(-1, 1),
+    "chunk": SIZES,
     "window_strides": values((2, 2)),
+    "lhs_dilation": values((2, 2)),
+    "rhs_dilation": values((2, 2)),
+    "feature_group_count": values(2),
     "padding": values("SAME"),
+    "train": EXAMPLES_ALL,
+    "test": EXAMPLES_ALL,
+    "criterion": values("luck", "", None),
+    "scored_on": values(0, -5, 2.5, True, "4"),
+    "plan": {
+        "a name": (lambda p: p.name, "got str"),
+        "unknown start": (lambda p: dataclasses.replace(p, start="nope"), "plan.start: 'nope'"),
+        "unknown scope": (lambda p: dataclasses.replace(p, scope="row"), "plan.scope: 'row'"),
+        "luck": (lambda p: dataclasses.replace(p, criterion="luck"), "plan.criterion: 'luck'"),
+        "no steps": (lambda p: dataclasses.replace(p, steps=0), "steps=0"),
+        "a level of no loop": (lambda p: dataclasses.replace(p, one_shot=True), r"got \(50,\)"),
+    },
+    "mnist": {
+        "examples": (lambda m: EXAMPLES, "got Examples without train"),
+        "None": (lambda m: None, "NoneType"),
+        "tuples": (lambda m: types.SimpleNamespace(train=(), test=()), "tuple"),
+        "no test": (lambda m: types.SimpleNamespace(train=EXAMPLES), "without test"),
+    },
     "mesh": {
         "devices": (lambda m: jax.devices(), "list"),
         "explicit axes": (lambda m: jax.make_mesh((8,), ("examples",)), "Explicit"),
@@ -331,17 +419,21 @@ SPOKEN_OF = {
     "recipe and examples": "examples",
     "percents": "percent",
     "chunks": "chunks|examples",
+    "mnist": "mnist|examples",
+    "plan": "plan|recipe",
+    "scope": "scope",
 }
 
 
 # The functions, and which of their arguments can be bad -------------------------------------------
 
 MEASURES = ("network", "params", "examples", "batch_size")
+LOOP = ("network", "params", "train", "test", "percents", "recipe", "criterion")
 
 
 def method(function):
-    return lambda network, params, examples, batch_size, **options: function(
-        network, params, examples, passes.cross_entropy, batch_size, **options
+    return lambda network, params, examples, loss, batch_size, **options: function(
+        network, params, examples, loss, batch_size, **options
     )
 
 
@@ -356,6 +448,30 @@ def stacked_changes(params, kept, diagonal, examples, network, batch_size):
     return taylor.loss_changes(network, one[0], one[1], examples, one[2], batch_size=batch_size)
 
 
+def retrain(network, params, train, test, percents, recipe, criterion, scope, seeds, scored_on):
+    """With the leading axis over seeds that params have there."""
+    params = each(params, lambda leaf: leaf[None] if hasattr(leaf, "dtype") else leaf)
+    return retraining.prune_and_retrain(
+        network, params, train, test, percents, recipe, criterion, scope, seeds, scored_on
+    )
+
+
+def tiny(function):
+    """The experiment with a tiny network, and nothing kept."""
+
+    @functools.wraps(function)
+    def small(**arguments):
+        start = (lambda: NETWORK, RECIPE, (0,))
+        fresh = partial(training.train, fresh=True)
+        with (
+            mock.patch.dict(retraining.STARTS, tiny=start, lenet5=start),
+            mock.patch.object(training, "train", fresh),
+        ):
+            return function(**arguments, fresh=True)
+
+    return small
+
+
 FUNCTIONS = {
     "data.place": (data.place, ["examples alone", "mesh"]),
     "data.collected": (data.collected, ["examples alone"]),
@@ -368,7 +484,7 @@ FUNCTIONS = {
     "models.flat_from_params": (partial(models.flat_from_params, network=NETWORK), ["params"]),
     "models.convolve": (
         partial(models.convolve, jnp.ones((1, 5, 5, 1)), jnp.ones((2, 2, 1, 1))),
-        ["window_strides", "padding"],
+        ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count"],
     ),
     "passes.cross_entropy": (passes.cross_entropy, ["logits", "labels"]),
     "passes.count": (passes.count, ["examples alone"]),
@@ -383,16 +499,20 @@ FUNCTIONS = {
     "training.check_recipe": (training.check_recipe, ["recipe"]),
     "training.Runs.select": (training.Runs(RECIPE, (0,), PARAMS, {}).select, ["index"]),
     "curvature.hvp": (curvature.hvp, ["params alone", "vector"]),
-    "curvature.hessian_diagonal": (curvature.hessian_diagonal, [*MEASURES, "method"]),
+    "curvature.hessian_diagonal": (
+        curvature.hessian_diagonal,
+        [*MEASURES, "params of a network", "method", "loss"],
+    ),
     **{f"curvature.{name}": (method(f), MEASURES) for name, f in curvature.METHODS.items()},
-    "curvature.sampled": (method(curvature.sampled), [*MEASURES, "draws", "first"]),
+    "curvature.one_hot": (method(curvature.one_hot), [*MEASURES, "chunk"]),
+    "curvature.sampled": (method(curvature.sampled), [*MEASURES, "draws", "first", "key"]),
     "curvature.hutchinson_estimate": (
         method(curvature.hutchinson_estimate),
-        [*MEASURES, "probes"],
+        [*MEASURES, "probes", "key"],
     ),
     "pruning.magnitude": (pruning.magnitude, ["params alone"]),
     "pruning.obd_saliency": (pruning.obd_saliency, ["params alone", "diagonal of OBD"]),
-    "pruning.random_scores": (pruning.random_scores, ["params alone"]),
+    "pruning.random_scores": (pruning.random_scores, ["params alone", "key"]),
     "pruning.weights_only": (pruning.weights_only, ["params alone"]),
     "pruning.ranks": (pruning.ranks, ["scores alone", "scope", "prunable"]),
     "pruning.counts": (pruning.counts, ["scores alone", "percent", "scope", "prunable"]),
@@ -402,13 +522,23 @@ FUNCTIONS = {
         pruning.accuracy_curve,
         [*MEASURES, "batch_size given", "scores", "percents", "scope", "prunable"],
     ),
-    "pruning.evaluate": (pruning.evaluate, [*MEASURES, "batch_size given"]),
+    "pruning.evaluate": (
+        pruning.evaluate,
+        [*MEASURES, "batch_size given", "params of a network"],
+    ),
     "taylor.loss_change": (
         taylor.loss_change,
-        [*MEASURES, "batch_size given", "kept", "diagonal of real numbers"],
+        [*MEASURES, "batch_size given", "kept", "diagonal of real numbers", "loss"],
     ),
     "taylor.loss_changes": (stacked_changes, [*MEASURES, "kept", "diagonal of real numbers"]),
-    "taylor.layer_terms": (taylor.layer_terms, [*MEASURES, "batch_size given", "kept"]),
+    "taylor.layer_terms": (taylor.layer_terms, [*MEASURES, "batch_size given", "kept", "loss"]),
+    "retraining.keep_pruned": (retraining.keep_pruned, ["kept alone"]),
+    "retraining.prune_and_retrain": (
+        retrain,
+        [*LOOP, "scope", "seeds", "scored_on"],
+    ),
+    "retraining.experiment": (tiny(retraining.experiment), ["plan", "mnist"]),
+    "retraining.lenet5_curves": (tiny(retraining.lenet5_curves), ["mnist"]),
     "streaming.chunks": (streaming.chunks, ["source", "size"]),
     "streaming.mean": (
         lambda chunks, every: streaming.mean(lambda c: c.images.mean(0), chunks, every=every),
@@ -438,6 +568,10 @@ EXEMPT = {
     "training.write_arrays": "raises whatever is wrong: test_faults.py and test_sharding.py",
     "training.save": "train checks first; test_faults.py tries what can go wrong",
     "training.main": "takes nothing",
+    "training.check_dropout": "test_training.py and test_retraining.py try it",
+    "training.in_words": "takes anything",
+    "retraining.main": "takes nothing",
+    "retraining.plans": "takes nothing",
 }
 
 
@@ -486,7 +620,8 @@ def test_bad_input_is_refused_by_name(function, argument, what):
     assert re.search(remedy + "|any will do|number the|it is |rename|such as|expected", message)
 
 
-MODULES = ["data", "models", "passes", "training", "curvature", "pruning", "taylor", "streaming"]
+MODULES = ["data", "models", "passes", "training", "curvature", "pruning", "taylor"]
+MODULES += ["retraining", "streaming"]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -544,6 +679,13 @@ def test_checks_cost_nothing_under_jit():
     text = pruned.lower(PARAMS, IMAGES).as_text()
     assert "is_finite" not in text
     assert "callback" not in text
+
+
+def test_floats_that_look_like_bytes_are_warned_of():
+    grey = Examples(np.round(255 * IMAGES), LABELS)
+    with pytest.warns(UserWarning, match="divide by 255"):
+        pruning.evaluate(NETWORK, PARAMS, grey)
+    pruning.evaluate(NETWORK, PARAMS, grey._replace(images=grey.images.astype(np.uint8)))
 
 
 def test_finite_says_where_and_how_many():

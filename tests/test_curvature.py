@@ -205,6 +205,44 @@ def test_a_network_without_layers_takes_the_general_path(x64):
             curvature.hessian_diagonal(Opaque(network), params, examples, method)
 
 
+class Tripled(models.Network):
+    """Its layers are not all that it does."""
+
+    def apply(self, params, images):
+        return 3 * super().apply(params, images)
+
+
+def twice(product):
+    return lambda *arguments, **options: 2 * product(*arguments, **options)
+
+
+UNUSUAL = {
+    "an apply of its own": (Tripled, {}),
+    "dot_general": (models.Network, {"dot_general": twice(jax.lax.dot_general)}),
+    "promote_dtype": (models.Network, {"promote_dtype": lambda a, dtype: [2 * x for x in a]}),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_layers_are_trusted_only_where_they_are_all_that_is_computed(x64, name):
+    build, options = UNUSUAL[name]
+    first = ("dense1", partial(nnx.Linear, 5, 4, **options))
+    network = build([first, jax.nn.relu, ("dense2", partial(nnx.Linear, 4, 3))])
+    params, examples = problem(network, 0, 7, 5, 3)
+    found = curvature.gauss_newton(network, params, examples)
+    assert error(found, true_diagonal(network, params, examples)) < 1e-10
+    for method in ("neuron", "lecun1990"):
+        with pytest.raises(ValueError, match=r"plain nnx\.Linear"):
+            curvature.hessian_diagonal(network, params, examples, method)
+
+
+def test_another_convolution_takes_the_general_path(x64):
+    for other in (twice(jax.lax.conv_general_dilated), models.convolve):
+        network, params, examples = conv_problem(conv_general_dilated=other)
+        found = curvature.gauss_newton(network, params, examples)
+        assert error(found, true_diagonal(network, params, examples)) < 1e-10
+
+
 def test_layers_without_a_bias(x64):
     layers = [("dense1", partial(nnx.Linear, 5, 4, use_bias=False)), jax.nn.relu]
     network = models.Network([*layers, ("dense2", partial(nnx.Linear, 4, 3))])
@@ -272,6 +310,8 @@ MIXING = {
     "reversed": lambda x: x[:, ::-1],
     "the mean of pairs": lambda x: x.reshape(len(x), 2, 2).mean(2),
     "doubled and cut": lambda x: 2 * x[:, :2],
+    "sharp softmax": lambda x: jax.nn.softmax(300 * x),
+    "small softmax": lambda x: 1e-5 * jax.nn.softmax(x),
 }
 UNIT_BY_UNIT = {
     **ACTIVATIONS,
@@ -406,9 +446,7 @@ def test_draws_depend_on_the_key_and_not_on_the_batches(x64):
         for size in (1, 100)
     )
     assert error(one, two) < 1e-12
-    other = curvature.hessian_diagonal(
-        network, params, examples, "sampled", key=jax.random.key(8)
-    )
+    other = curvature.hessian_diagonal(network, params, examples, "sampled", key=jax.random.key(8))
     assert error(one, other) > 1e-3
 
 
@@ -475,3 +513,5 @@ def test_hvp_is_a_column_of_the_hessian(x64):
     hessian = jax.hessian(function)(w)
     for k in range(4):
         assert jnp.allclose(curvature.hvp(function, w, jnp.eye(4)[k]), hessian[:, k])
+    with pytest.raises(FloatingPointError, match="the Hessian-vector product"):
+        curvature.hvp(lambda w: jnp.sqrt(w).sum(), w, w)

@@ -153,6 +153,25 @@ def test_flat_order_without_biases():
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_flat_order_knows_kernels_and_biases_only():
+    network = models.Network([("a", partial(nnx.LayerNorm, 3)), ("b", partial(nnx.Linear, 3, 2))])
+    params = network.init(jax.random.key(0))
+    for function, argument in (
+        (models.flat_from_params, params),
+        (models.params_from_flat, np.zeros(14, np.float32)),
+    ):
+        with pytest.raises(ValueError, match=r"\['scale'\]; use"):
+            function(argument, network)
+
+
+def test_shapes_are_those_of_init():
+    for network in (models.mlp((4, 3, 2)), models.lenet5()):
+        found = jax.eval_shape(network.init, jax.random.key(0))
+        assert jax.tree.map(lambda s: (s.shape, s.dtype), network.shapes) == jax.tree.map(
+            lambda s: (s.shape, s.dtype), found
+        )
+
+
 def test_flat_order_of_another_network():
     network = models.mlp((4, 3, 2))
     params = network.init(jax.random.key(0))

@@ -1,13 +1,15 @@
 """Masks by hand, exact counts, and curves against a plain loop."""
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from prunelib import models, pruning
+from prunelib import data, models, pruning
 from prunelib.data import Examples
 
 NETWORK = models.mlp((6, 5, 3))
@@ -76,6 +78,29 @@ def test_saliency_and_magnitude():
                  jax.tree.map(np.abs, PARAMS))  # fmt: skip
 
 
+def test_saliency_of_half_precision():
+    half = {"w": jnp.array([1e-4, 2e-4], jnp.float16)}  # squared, they would be 0 in float16
+    found = pruning.obd_saliency(half, {"w": jnp.ones(2, jnp.float16)})["w"]
+    np.testing.assert_allclose(found, [5e-9, 2e-8], rtol=1e-3)
+    large = {"w": jnp.array([1e20, 1.0])}
+    with pytest.raises(FloatingPointError, match="the saliencies: 1 of 2"):
+        pruning.obd_saliency(large, large)
+
+
+class Named(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+def test_biases_are_found_by_their_names():
+    assert pruning.weights_only(Named(jnp.ones((2, 2)), jnp.ones(2))) == Named(True, False)
+    state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param)
+    assert nnx.to_pure_dict(pruning.weights_only(state)) == {"kernel": True, "bias": False}
+    for nameless in (jnp.ones(3), [jnp.ones(3)]):
+        with pytest.raises(TypeError, match="expected a name for each array"):
+            pruning.weights_only(nameless)
+
+
 def test_random_scores_are_the_keys_alone():
     one, again, other = (pruning.random_scores(jax.random.key(k), PARAMS) for k in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, again)
@@ -106,7 +131,7 @@ def test_curve_against_a_plain_loop(scope, batch_size):
 
 
 def test_padding_is_not_a_right_answer():
-    """Padding is black and labelled 0: a network that always says 0 would get it right."""
+    """Nor a wrong one: what fills up has a label, and a network that always says it."""
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     says_0 = zero | {"dense2": {"kernel": zero["dense2"]["kernel"], "bias": jnp.array([9.0, 0, 0])}}
     wrong = Examples(EXAMPLES.images, np.full(23, 2))
@@ -114,6 +139,16 @@ def test_padding_is_not_a_right_answer():
         accuracy, loss = pruning.evaluate(NETWORK, says_0, wrong, batch_size)
         assert accuracy == 0
         assert loss == pytest.approx(9 + 2 * np.exp(-9), rel=1e-6)
+
+
+def test_padding_is_no_blank_image():
+    """For which a network that normalises its images gives NaN, and NaN times 0 is NaN."""
+    layers = [("dense1", partial(nnx.Linear, 6, 3))]
+    network = models.Network([lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True), *layers])
+    params = network.init(jax.random.key(0))
+    losses = [pruning.evaluate(network, params, EXAMPLES, size)[1] for size in (23, 4)]
+    losses.append(pruning.evaluate(network, params, data.filled(EXAMPLES, 30))[1])
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
 def test_nothing_compiles_twice():

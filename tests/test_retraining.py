@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given
 
 from prunelib import models, pruning, retraining, training
-from prunelib.data import Examples, load_mnist
+from prunelib.data import Examples, filled, load_mnist
 
 NETWORK = models.mlp((784, 12, 10, 10))
 COUNT = 784 * 12 + 12 + 12 * 10 + 10 + 10 * 10 + 10
@@ -208,11 +208,56 @@ def test_dropout_and_seed_matter(few):
     assert not np.allclose(plain, other)
 
 
+class Plain:
+    """A network of one's own: it scales nothing, and knows nothing of dropout."""
+
+    def apply(self, params, images):
+        return images @ params["w"]
+
+
+def retrain_plain(data, percents=(20,), weights=None, **options):
+    weights = jnp.zeros((1, 784, 10)).at[:, ::2].set(0.01) if weights is None else weights
+    options = dict(recipe=QUICK, criterion="magnitude", seeds=[0], test=data) | options
+    test, recipe = options.pop("test"), options.pop("recipe")
+    return retraining.prune_and_retrain(
+        Plain(), {"w": weights}, data, test, percents, recipe, **options
+    )
+
+
+def test_any_network_can_be_retrained(few):
+    """And sees whole numbers from 0 to 255 as fractions, as in every other pass."""
+    fractions = few._replace(images=few.images / np.float32(255))
+    found = retrain_plain(few, percents=(percent for percent in (20, 40)))
+    expected = retrain_plain(fractions, percents=np.array([20, 40]))
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-4)
+    np.testing.assert_allclose(found.params["w"], expected.params["w"], atol=1e-5)
+    assert found.loss[0, 1] < 3
+
+
+def test_bad_input_to_any_network_is_refused(few):
+    with pytest.raises(ValueError, match=r"network, recipe: .*no place for dropout"):
+        retrain_plain(few, recipe=replace(QUICK, keep=0.5))
+    without = models.Network([("dense1", partial(nnx.Linear, 784, 10))])
+    start = jax.vmap(without.init)(jax.random.split(jax.random.key(0), 1))
+    with pytest.raises(ValueError, match=r"network, recipe: .*no place for dropout"):
+        retraining.prune_and_retrain(
+            without, start, few, few, [5], replace(QUICK, keep=0.5), seeds=[0]
+        )
+    with pytest.raises(ValueError, match=r"params: expected a leading axis.*got lengths \[\(\)\]"):
+        retrain_plain(few, weights=jnp.ones(()))
+    for percents in ([None, 5], "90", 5j, ["5"]):
+        with pytest.raises(ValueError, match="percent"):
+            retrain_plain(few, percents=percents)
+    padded = filled(Examples(few.images[:10], few.labels[:10]), 40)
+    with pytest.raises(ValueError, match="train: 10 examples do not fill a batch of 16"):
+        retrain_plain(padded)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(percents=[]), "percents"),
-        (dict(percents=[50, 40]), "percents: expected some, and never falling"),
+        (dict(percents=[50, 40]), "percents: expected some, none lower than the one before"),
         (dict(percents=[101]), "percent: expected a number from 0 to 100"),
         (dict(criterion="luck"), "criterion: 'luck' is unknown"),
         (dict(scope="row"), "scope: 'row' is unknown"),
@@ -293,6 +338,15 @@ DAMAGE = {
     "uneven": lambda text, record: with_outcome(record, loss=[[0.5], []]),
     "nothing is left": lambda text, record: with_outcome(record, left={}),
     "a field too many": lambda text, record: with_outcome(record, more=[[0.5]] * 2),
+    "a list": lambda text, record: json.dumps(record | {"outcome": [1]}),
+    "a number alone": lambda text, record: with_outcome(record, loss=0.5),
+    "an impossible accuracy": lambda text, record: with_outcome(record, accuracy=[[7.0]] * 2),
+    "a negative loss": lambda text, record: with_outcome(record, loss=[[-0.1]] * 2),
+    "less than none left": lambda text, record: with_outcome(record, left={"a": [[-3]] * 2}),
+    "left without names": lambda text, record: with_outcome(record, left=[[3]] * 2),
+    "left in fractions": lambda text, record: with_outcome(record, left={"a": [[0.5]] * 2}),
+    "a dict for a curve": lambda text, record: with_outcome(record, loss={"a": [[0.5]] * 2}),
+    "booleans": lambda text, record: with_outcome(record, before=[[True]] * 2),
 }
 
 
@@ -324,6 +378,18 @@ def test_a_damaged_outcome_is_run_again(small, tmp_path, damage, monkeypatch, co
         again = retraining.experiment(plan, small)
     np.testing.assert_array_equal(again.accuracy, first.accuracy)
     assert file.read_text() == whole
+
+
+def test_a_damaged_curve_is_not_fetched(tmp_path):
+    """Those without retraining have one dict more, by the curve."""
+    file = retraining.SHIPPED / f"{retraining.CURVES}.json"
+    record = json.loads(file.read_text())
+    one = next(iter(record["outcome"]["left"].values()))
+    for left in (one, next(iter(one.values()))):
+        (tmp_path / "curves").write_text(with_outcome(record, left=left))
+        with pytest.warns(UserWarning, match=r"is damaged \(\['left'\]"):
+            found = retraining._fetch(tmp_path / "curves", record["key"], retraining.CURVES_NAMES)
+        assert found is None
 
 
 @pytest.mark.parametrize("plan", retraining.plans(), ids=lambda plan: plan.name)

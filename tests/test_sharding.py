@@ -481,6 +481,31 @@ def test_the_parameters_are_in_the_key(tmp_path):
     assert_close(curvature.hessian_diagonal(NETWORK, pruned, stream), found)
 
 
+def per_class(weight):
+    """A loss that agrees with others where there is no example of class 1."""
+    return lambda z, y: passes.cross_entropy(z, y) * jnp.where(y == 1, weight, 1.0)
+
+
+def test_the_options_are_in_the_key(tmp_path):
+    """Those that words tell; others are refused, for the first chunk may not show them."""
+    images = STREAM.images[np.argsort(STREAM.labels)]
+    stream = Examples(images, np.sort(STREAM.labels))
+    several = partial(streaming.hessian_diagonal, NETWORK, PARAMS, folder=tmp_path / "sum")
+    options = dict(method="sampled", key=jax.random.key(0), draws=1)
+    with pytest.raises(Interrupted):
+        several(until(streaming.chunks(stream, 10), 3), **options, every=1)
+    for other in ({"key": jax.random.key(1)}, {"draws": 2}):
+        copied = shutil.copytree(tmp_path / "sum", tmp_path / "copied", dirs_exist_ok=True)
+        with pytest.warns(UserWarning, match="another method, or other options"):
+            several(streaming.chunks(stream, 10), **options | other, folder=copied)
+    with pytest.raises(
+        ValueError, match=r"loss: .*words do not tell this function.*pass no folder"
+    ):
+        several(streaming.chunks(stream, 10), loss=per_class(5.0))
+    found = several(streaming.chunks(stream, 50), loss=per_class(5.0), folder=None)
+    assert_close(curvature.hessian_diagonal(NETWORK, PARAMS, stream, loss=per_class(5.0)), found)
+
+
 @pytest.mark.parametrize("fault", ["truncated", "no arrays", "altered", "an empty folder"])
 def test_a_damaged_sum_is_not_used(partial_sum, fault):
     (newest,) = partial_sum.iterdir()
@@ -533,6 +558,34 @@ def test_bad_streams_are_refused():
         streaming.hessian_diagonal(NETWORK, jax.tree.map(lambda w: w * jnp.nan, PARAMS), parts())
 
 
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [([0.9, 1.7], "got float64"), ([True, False], "got bool"), (["1", "0"], "got <U1"),
+     ([2**32 + 1, 1], "found 1 to 4294967297")],
+)  # fmt: skip
+def test_labels_of_a_source_are_not_cast(labels, says):
+    source = [{"image": np.zeros(3), "label": label} for label in labels]
+    with pytest.raises((TypeError, ValueError), match=f"labels: .*{says}"):
+        list(streaming.chunks(source, 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (lambda n: np.ones(n), r"chunk 3: expected the shapes .*\(40,\), got \(17,\)"),
+        (lambda n: {str(n): 1.0}, "chunk 3: expected the shapes .*'40'.*got {'17'"),
+        (lambda n: 1.0 if n == 40 else np.ones(1), r"chunk 3: .*\(\), got \(1,\)"),
+        (lambda n: None, "chunk 1: expected arrays or numbers, got None"),
+        (lambda n: {"a": "word"}, r"chunk 1\['a'\]: expected real numbers"),
+        (lambda n: 1j, "chunk 1: expected real numbers, got complex"),
+        (lambda n: jnp.ones(2) * 1j, "chunk 1: expected real numbers, got complex64"),
+    ],
+)
+def test_measures_that_have_no_mean_are_refused(value, says):
+    with pytest.raises((TypeError, ValueError), match=f"measure: its value for {says}"):
+        streaming.mean(lambda chunk: value(len(chunk.labels)), streaming.chunks(STREAM, 40))
+
+
 def test_a_stream_leaves_out_what_fills_up():
     some = Examples(*(array[:50] for array in STREAM))
     found = streaming.hessian_diagonal(NETWORK, PARAMS, streaming.chunks(data.filled(some, 80), 20))
@@ -574,7 +627,7 @@ def test_a_stream_in_fewer_chunks_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_half_precision_images_count_alike(dtype):
-    images = np.tile(np.asarray(STREAM.images[:10], dtype), (7000, 1))
+    images = np.tile(np.asarray(STREAM.images[:10] / 255, dtype), (7000, 1))
     labels = np.tile(STREAM.labels[:10], 7000)
     half, single = (Examples(jnp.asarray(images, d), labels) for d in (dtype, jnp.float32))
     losses = [pruning.evaluate(NETWORK, PARAMS, e)[1] for e in (half, data.filled(half, 70_001))]

@@ -282,6 +282,27 @@ class LinearOfTanh(nnx.Linear):
 LinearOfTanh.__name__ = "Linear"  # and its settings are the same, too
 
 
+def times(factor, what):
+    """Functions that differ in a number: in a program that theirs calls, or behind a name."""
+    row = jnp.full((1, 12), factor)
+
+    @jax.jit
+    def by_a_row(x):
+        return x * row
+
+    @functools.wraps(jax.nn.relu)
+    def not_relu(x):
+        return x * row
+
+    def start(*arguments):
+        return factor * jax.nn.initializers.ones(*arguments)
+
+    linear = nnx.eval_shape(lambda: nnx.Linear(12, 12, rngs=nnx.Rngs(0)))
+    linear.kernel.set_value(factor * jnp.eye(12))
+    linear.bias.set_value(jnp.zeros(12))
+    return {"jit": by_a_row, "wraps": not_relu, "method": linear.__call__, "start": start}[what]
+
+
 def networks():
     """Networks that compute something else, one by one."""
     he = jax.nn.initializers
@@ -314,6 +335,21 @@ def networks():
         "precise products": mlp(partial(linear, precision=jax.lax.Precision.HIGHEST)),
         "products of one's own": mlp(partial(linear, dot_general=doubled)),
         "a layer of one's own": mlp(partial(LinearOfTanh, 16, 12)),
+        "jnp's round": mlp(linear, jnp.round),
+        "lax's round": mlp(linear, jax.lax.round),
+        "a flip": mlp(linear, jnp.flip),
+        "a flip of each": mlp(linear, jax.vmap(jnp.flip)),
+        "a jitted constant": mlp(linear, times(1.0, "jit")),
+        "another jitted constant": mlp(linear, times(2.0, "jit")),
+        "a wrapper": mlp(linear, times(1.0, "wraps")),
+        "another wrapper": mlp(linear, times(2.0, "wraps")),
+        "a method": mlp(linear, times(1.0, "method")),
+        "another method": mlp(linear, times(2.0, "method")),
+        "normal": mlp(partial(linear, kernel_init=he.normal(0.1))),
+        "normal, a little wider": mlp(partial(linear, kernel_init=he.normal(0.1002))),
+        "biases a little above 1": mlp(partial(linear, bias_init=he.constant(1.004))),
+        "biases of one's own": mlp(partial(linear, bias_init=times(1.0, "start"))),
+        "others, a little higher": mlp(partial(linear, bias_init=times(1.004, "start"))),
     }
 
 
@@ -345,7 +381,7 @@ def test_keys_tell_apart_what_trains_otherwise():
     ]
     assert set(other) | {"name"} == {field.name for field in dataclasses.fields(RECIPE)}
     digests = [training._digest(key) for key in found]
-    assert len(set(digests)) == len(digests) == 20 + 5 + 2 + 8
+    assert len(set(digests)) == len(digests) == 35 + 5 + 2 + 8
 
 
 SAME_KEYS = """
@@ -371,9 +407,84 @@ def test_keys_stand_last_bits(monkeypatch):
     key = training.run_key(NETWORK, RECIPE, EXAMPLES, SEEDS)
     start = training._start
     monkeypatch.setattr(
-        training, "_start", lambda *a: jax.tree.map(lambda w: w * (1 + 1e-7), start(*a))
+        training, "_start", lambda *a: jax.tree.map(lambda w: w * (1 + 1e-6), start(*a))
     )
+    builders = training._builders(NETWORK)
+    before = training._draw(builders, None, jax.random.key(0))
+    training._draw.clear_cache()
+    after = training._draw(builders, None, jax.random.key(0))
+    assert not np.array_equal(ravel(after), ravel(before))
     assert training.run_key(NETWORK, RECIPE, EXAMPLES, SEEDS) == key
+    training._draw.clear_cache()
+
+
+def test_a_key_tells_double_precision_apart():
+    recipe = dataclasses.replace(RECIPE, std=0.1)  # its start takes the precision of the session
+    key = training.run_key(NETWORK, recipe, EXAMPLES, SEEDS)
+    with jax.enable_x64(True):
+        assert training.run_key(NETWORK, recipe, EXAMPLES, SEEDS) != key
+    assert training.run_key(NETWORK, recipe, EXAMPLES, SEEDS) == key
+
+
+def test_words_tell_all_or_say_so():
+    for value in (3, "3", None, (1, 2.5), np.dtype("float16"), jnp.tanh, np.ones(3),
+                  jax.random.key(1), partial(jax.nn.leaky_relu, negative_slope=0.1)):  # fmt: skip
+        assert training.in_words(value)
+    assert training.in_words(jax.random.key(1)) != training.in_words(jax.random.key(2))
+    for value in (shifted, lambda x: x, times(1.0, "wraps"), object(), [shifted], "<?>"):
+        assert training.in_words(value) is None
+
+    def itself(x):
+        return itself(x)
+
+    assert "itself" in training._words(itself)
+
+
+def with_layer(function):
+    layers = [("dense1", partial(nnx.Linear, 16, 12)), function]
+    return models.Network([*layers, ("dense2", partial(nnx.Linear, 12, 3))])
+
+
+def test_what_calls_python_back_is_not_kept():
+    """The program of such a layer does not say what it computes."""
+
+    @jax.custom_jvp
+    def outside(x):
+        return jax.pure_callback(lambda x: 2 * x, jax.ShapeDtypeStruct(x.shape, x.dtype), x,
+                                 vmap_method="broadcast_all")  # fmt: skip
+
+    outside.defjvp(lambda x, t: (outside(*x), 2 * t[0]))
+    network, recipe = with_layer(outside), dataclasses.replace(RECIPE, steps=1)
+    with pytest.raises(ValueError, match=r"network: .*calls Python back.*pass fresh=True"):
+        training.train(network, recipe, EXAMPLES, [0])
+    assert fresh(recipe, seeds=[0], network=network).seeds == (0,)
+
+
+@pytest.mark.parametrize("name", ["init", "apply"])
+def test_a_network_that_computes_otherwise_is_refused(name):
+    """Its layers are those of another network, and would fetch the runs of that."""
+    own = type("Own", (models.Network,), {name: lambda self, *a, **k: None})
+    network = own([("dense1", partial(nnx.Linear, 16, 3))])
+    with pytest.raises(TypeError, match=r"network: .*got Own; make what is special a layer"):
+        training.train(network, RECIPE, EXAMPLES)
+    network = with_layer(jax.nn.relu)
+    setattr(network, name, None)
+    with pytest.raises(TypeError, match=r"network: expected a models.Network with the init"):
+        training.train(network, RECIPE, EXAMPLES)
+
+
+def test_a_network_is_checked_as_it_starts():
+    """With weights of zero, all examples would look alike, and no activation have a length."""
+    with pytest.raises(ValueError, match="other images"):
+        fresh(network=with_layer(lambda x: x - x.mean(0, keepdims=True)))
+    recipe = dataclasses.replace(RECIPE, steps=1)
+    ones = with_layer(lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True))
+    assert fresh(recipe, network=ones).seeds == SEEDS
+
+
+def test_dropout_needs_a_place():
+    with pytest.raises(ValueError, match=r"no place for dropout; put models.dropout_here"):
+        fresh(dataclasses.replace(RECIPE, keep=0.5), network=with_layer(jax.nn.relu))
 
 
 def test_a_foreign_run_is_not_used(cache, reference):

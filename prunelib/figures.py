@@ -1002,7 +1002,7 @@ def stale_recomputed(percents, curves: dict, title: str = ""):
 
 def hessian_picture(scaled_hessian, edges, names, title: str = ""):
     """A whole Hessian as an image, scaled to ``h_jk / √(h_jj h_kk)``; lines where layers meet."""
-    figure, ax = new(size=(6.0, 5.45))
+    figure, ax = new(size=(5.4, 4.9))
     limit = float(np.abs(scaled_hessian).max())
     norm = plt.matplotlib.colors.SymLogNorm(0.03, vmin=-limit, vmax=limit)
     colours = plt.get_cmap("RdBu_r", 11)  # few colours keep the file small

@@ -252,7 +252,7 @@ def probe_errors(probes, errors, claimed, ranked):
         missed = 100 * (1 - np.array(found))
         right.semilogx(probes, missed, line, color=COLOURS["other"], label=f"lowest {share:.0%}")
     right.legend(loc="upper right")
-    right.set(xlabel="probes m", ylabel="missed (%)", ylim=(0, 12))
+    right.set(xlabel="probes m", ylabel="missed (%)", ylim=(-0.4, 12))
     right.set(title="As a ranking, four do as well as 256")
     for ax in (left, right):
         ax.set_xticks(probes, probes)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -224,8 +225,7 @@ def network_inputs(
 
     Warns if images are floats that look like bytes.
     """
-    from prunelib.data import scaled  # here, for these modules import this one
-    from prunelib.models import Network
+    from prunelib.models import Network  # here, for these modules import this one
     from prunelib.passes import cross_entropy
 
     if not callable(getattr(network, "apply", None)):
@@ -238,15 +238,11 @@ def network_inputs(
     examples(data)
     _warn_of_bytes(data.images)
     batch_size(batch)
-
-    def apply(images):
-        return network.apply(values, scaled(images))
-
     two = jax.ShapeDtypeStruct((2, *data.images.shape[1:]), data.images.dtype)
     try:
         if isinstance(network, Network):
             same_tree("params", values, "network.init", network.shapes)
-        logits = jax.eval_shape(apply, two)
+        logits = jax.eval_shape(partial(_apply, network), values, two)
     except Exception as error:
         raise ValueError(
             f"network, params, examples: the network cannot take images of shape "
@@ -263,10 +259,20 @@ def network_inputs(
     labels(data.labels, logits.shape[1], "examples.labels")
     known = not is_traced((values, data.images, data.labels))
     if known:
-        logits, places = _independent(apply, values, data.images)
+        logits, places = _independent(partial(_logits, network, values), values, data.images)
     for loss in losses:
         if loss is not cross_entropy:
             of_each("loss", loss, logits, data.labels[places] if known else data.labels[:2])
+
+
+def _apply(network, values, images):
+    from prunelib.data import scaled
+
+    return network.apply(values, scaled(images))
+
+
+# Of a few images, so the least time goes into compiling it.
+_logits = jax.jit(_apply, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _warn_of_bytes(images) -> None:

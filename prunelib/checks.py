@@ -96,6 +96,14 @@ def convertible(name: str, tree: Any) -> None:
             )
 
 
+def booleans(mask: Any, name: str = "kept") -> None:
+    """Raise unless all leaves of a mask are arrays of booleans."""
+    for leaf in jax.tree.leaves(mask):
+        if getattr(leaf, "dtype", None) != np.dtype(bool):
+            found = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(f"{name}: expected booleans, got {found}; make masks by pruning.mask")
+
+
 def labels(value: Any, classes: int | None = None, name: str = "labels") -> None:
     """Raise unless `value` is an array of integers, each from 0 to ``classes - 1`` if given."""
     dtype = getattr(value, "dtype", None)

@@ -246,8 +246,8 @@ def gauss_newton(network, params, examples, loss, batch_size=None):
 
 def _squares(factors, network, params, examples, batch_size, *options):
     if _is_chain_of((nnx.Linear, nnx.Conv), network, params, examples):
-        dense = _is_chain_of((nnx.Linear,), network, params, examples)
-        batch_size = batch_size or (1000 if dense else 25)
+        convolutional = any(layer.kind is nnx.Conv for layer in network.layers)
+        batch_size = batch_size or (25 if convolutional else 1000)
         return _gauss_newton_layers(network, factors, batch_size, params, examples, *options)
     return _gauss_newton_general(network, factors, batch_size or 100, params, examples, *options)
 

@@ -262,10 +262,7 @@ def apply_mask(params: Any, kept: Any) -> Any:
     """
     checks.params(params)
     checks.same_tree("kept", kept, "params", params)
-    for leaf in jax.tree.leaves(kept):
-        if getattr(leaf, "dtype", None) != np.dtype(bool):
-            found = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(f"kept: expected booleans, got {found}; make masks by pruning.mask")
+    checks.booleans(kept)
     return _each(_zero_where_pruned, params, kept)
 
 

@@ -60,11 +60,7 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
     >>> optax.apply_updates(params, updates).tolist()[1]
     0.0
     """
-
-    for leaf in jax.tree.leaves(kept):
-        if getattr(leaf, "dtype", None) != np.dtype(bool):
-            found = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(f"kept: expected booleans, got {found}; make masks by pruning.mask")
+    checks.booleans(kept)
 
     def update(updates, state, params=None):
         if params is None:

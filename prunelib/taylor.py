@@ -124,11 +124,8 @@ def loss_changes(network, params, kept, examples, diagonal=None, **options) -> L
 
 def _leading_axes(kept, params):
     """The axes that every leaf of `kept` has before those of `params`."""
+    checks.booleans(kept)
     leaves = jax.tree.leaves(kept)
-    for leaf in leaves:
-        if getattr(leaf, "dtype", None) != np.dtype(bool):
-            found = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(f"kept: expected booleans, got {found}; make masks by pruning.mask")
     extra = np.ndim(leaves[0]) - np.ndim(jax.tree.leaves(params)[0]) if leaves else 0
     axes = np.shape(leaves[0])[:extra] if extra > 0 else ()
     expected = jax.tree.map(lambda w: jax.ShapeDtypeStruct((*axes, *w.shape), bool), params)

@@ -253,11 +253,6 @@ def check_dropout(network: Any, recipe: Recipe) -> None:
         )
 
 
-def _shapes(network):
-    """What `network.init` gives, as shapes only: nothing is compiled or drawn."""
-    return jax.eval_shape(network.init, jax.random.key(0))
-
-
 # The compiled run --------------------------------------------------------------------------------
 
 
@@ -382,7 +377,7 @@ def run_key(network: Network, recipe: Recipe, examples: Examples, seeds: Sequenc
         array = np.ascontiguousarray(array)
         content.update(f"{array.dtype} {array.shape}".encode())
         content.update(array)
-    params = _shapes(network)
+    params = network.shapes
     x = jax.eval_shape(lambda images: scaled(images[:1]), examples.images)
     layers = []
     for layer in network.layers:

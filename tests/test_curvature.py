@@ -402,22 +402,15 @@ def test_hutchinson_as_a_method_gives_the_mean_and_repeats_itself(x64):
 # Drawn classes
 
 
-def small_convolution():
-    conv = partial(nnx.Conv, 1, 2, kernel_size=(3, 3), padding="VALID")
-    last = ("dense1", partial(nnx.Linear, 8, 3))
-    layers = [lambda x: x.reshape(len(x), 4, 4, 1), ("conv1", conv), jax.nn.relu, models.flatten]
-    return models.Network([*layers, last])
-
-
 @pytest.mark.parametrize("kind", ["dense", "convolution", "no layers"])
 def test_drawn_classes_are_right_on_average(x64, kind):
     """Within their standard error of Gauss-Newton, which the draws' spread gives."""
-    network = small_convolution() if kind == "convolution" else models.mlp((16, 5, 3))
-    params = jax.tree.map(lambda w: w.astype(float), network.init(jax.random.key(0)))
+    convolution = kind == "convolution"
+    network, params, examples = (
+        conv_problem() if convolution else dense_problem((16, 5, 3), jax.nn.relu, n=6)
+    )
     if kind == "no layers":
         network = type("Bare", (), {"apply": staticmethod(network.apply)})()
-    images = jax.random.normal(jax.random.key(1), (6, 16))
-    examples = Examples(images, jnp.zeros(6, int))  # the labels don't matter
     expected = ravel_pytree(curvature.hessian_diagonal(network, params, examples))[0]
     sample = jnp.stack(
         [

@@ -3,7 +3,8 @@
     python scripts/with_solutions.py FOLDER
 
 A solution is folded in the text: a ``<details>`` block with fenced Python. Run as a cell right
-after that text, it is executed by the same check that compares the notebook's outputs.
+after that text, it is executed by the same check that compares the notebook's outputs. The folder
+is a project of its own, so the figures that its notebooks save stay in it.
 """
 
 import os
@@ -41,6 +42,7 @@ def main(folder: Path) -> None:
     link = folder / "prunelib"  # made anew: a folder that was copied here links to another one
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(ROOT / "prunelib", folder.resolve()))
+    (folder / "pyproject.toml").write_text("# figures.save looks for this file\n")
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         count = with_solutions(notebook)

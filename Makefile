@@ -6,9 +6,10 @@ BENCH_VENV ?= .venv-bench
 LAB_VENV ?= .venv-lab
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]-*.ipynb))
 # Two processes, for the two cores of the smallest machine that this is meant for. The notebooks
-# that take longest start first, so that both processes end at about the same time.
+# that took longest start first, so that both processes end at about the same time.
 PARALLEL := -n 2 --no-loadscope-reorder --dist
-LONGEST_FIRST = $(shell grep '^[0-9]' notebooks/measured.csv | sort -t, -k2 -rn | cut -d, -f1)
+MEASURED = $(shell grep -s '^[0-9]' notebooks/measured.csv | sort -t, -k2 -rn | cut -d, -f1)
+LONGEST_FIRST = $(filter $(NOTEBOOKS),$(MEASURED:%=notebooks/%.ipynb))
 NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout=1200 --nbval-kernel-startup-timeout=120
 
@@ -20,7 +21,7 @@ help: ## List what make can do
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 # The notebooks take trained networks and retraining's outcomes from prunelib/runs;
-# FULL=1 makes those again first.
+# FULL=1 makes those again first. What agrees with the committed outputs stays as it is.
 run: $(VENV)/.installed $(if $(FULL),train) ## Execute all notebooks in place, two at a time, and draw every figure again; FULL=1 trains first
 	$(VENV)/bin/python scripts/run_notebooks.py
 	$(VENV)/bin/python scripts/make_links.py
@@ -32,7 +33,7 @@ ifeq ($(NOTEBOOKS),)
 else
 	$(VENV)/bin/python scripts/with_solutions.py build/notebooks
 	$(VENV)/bin/python -m pytest $(PARALLEL) loadfile $(NBVAL) \
-		$(LONGEST_FIRST:%=build/notebooks/%.ipynb) $(NOTEBOOKS:%=build/%)
+		$(LONGEST_FIRST:%=build/%) $(NOTEBOOKS:%=build/%)
 endif
 
 test-binder: $(VENV)/.installed ## Install what Binder would, in an empty environment, and use it (slow)
@@ -42,17 +43,17 @@ test-lab: $(VENV)/.installed $(LAB_VENV)/.installed ## Run notebooks in the real
 	LAB=$(abspath $(VENV)/bin/jupyter) $(LAB_VENV)/bin/python -m pytest --noconftest -rs tests/lab
 
 lab: $(VENV)/.installed ## Open JupyterLab at the first notebook
-	$(VENV)/bin/jupyter lab $(firstword $(NOTEBOOKS))
+	$(VENV)/bin/python -m jupyterlab $(firstword $(NOTEBOOKS))
 
-lint: $(VENV)/.installed ## Check the code and the notebooks with ruff
+lint: $(VENV)/.installed ## Check the code and the notebooks with ruff; list numbers that only the prose has
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python scripts/prose_numbers.py
 
-links: $(VENV)/.installed ## Write README.md's links and its table of notebooks
+links: $(VENV)/.installed ## Write README.md's links and its table of lessons
 	$(VENV)/bin/python scripts/make_links.py
 
 train: $(VENV)/.installed ## Train and prune again what prunelib/runs holds (an hour or two)
-	$(VENV)/bin/python -m prunelib.training
-	$(VENV)/bin/python -m prunelib.retraining
+	$(VENV)/bin/python -m prunelib.experiments
 
 bench: $(BENCH_VENV)/.installed ## Time prunelib against other libraries, in an environment of its own
 	$(BENCH_VENV)/bin/python -m pytest -p no:xdist -W default --benchmark-columns=min,median,iqr,rounds benchmarks

@@ -5,8 +5,7 @@
 The address stands once, in pyproject.toml's [project.urls]. In README.md, whatever is between
 ``<!-- links:NAME -->`` and ``<!-- /links -->`` is written by this script: ``badge`` is the Binder
 badge, which opens JupyterLab at the first notebook; ``clone`` is how to get and run the project;
-``notebooks`` is the table, from the notebooks themselves and notebooks/measured.csv;
-``benchmark`` is what `make bench` measured on the study's network.
+``notebooks`` is the table, from the notebooks themselves and notebooks/measured.csv.
 """
 
 import csv
@@ -18,19 +17,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
-# The figures that stand for the notebooks, and what they show, for those who can't see them.
-THUMBNAILS = {
-    "taylor_contours": "Rise of the loss over two weights, true and quadratic",
-    "digits": "The first 20 training images",
-    "saliency_pixels": "Saliency, magnitude and share of zero curvature at each pixel",
-    "pruning_to_99": "Test accuracy by percent remaining, for five rankings",
-    "result2": "Test accuracy by percent remaining, with and without dropout",
-    "detective_index_order": "Accuracy by percent pruned: published, run again, corrected",
-    "terms_by_criterion": "Share of each Taylor term in the rise of the loss",
-    "retraining": "Test accuracy by percent kept, without retraining and with it",
-    "shared_weights": "True curvature of shared weights against two computed ones",
-    "scaling_model": "Seconds of one pass against the operations counted",
-}
+# What the lessons' icons (figures/icons/NN.png) show, for those who can't see them; of one that is
+# not here its lesson's title.
+ICONS: dict[int, str] = {}
 BOLD_QUESTION = re.compile(r"\*\*([^*]+\?)\*\*|\*\*The question\.\*\*\s+([^*]+?\?)(?=\s)")
 
 
@@ -54,7 +43,7 @@ def blocks(repository: str, first_notebook: str) -> dict[str, str]:
 
 def title_and_question(path: Path) -> tuple[str, str]:
     """A notebook's heading, and the question in bold below it, each as one line."""
-    top = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    top = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
     heading = re.match(r"# (.+)", top)
     question = BOLD_QUESTION.search(top)
     if heading is None or question is None:
@@ -62,56 +51,39 @@ def title_and_question(path: Path) -> tuple[str, str]:
     return heading[1].strip(), " ".join((question[1] or question[2]).split())
 
 
-def figures_of(path: Path) -> list[str]:
-    """The names under which a notebook saves its figures, in order."""
-    cells = json.loads(path.read_text())["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    return re.findall(r"""figures\.save\(\s*[^,]+,\s*["'](\w+)["']""", code)
-
-
-def thumbnail(path: Path, title: str) -> str:
-    """A small picture with its alternative text; of a new notebook, its first one."""
-    saved = figures_of(path)
-    if not saved:
+def icon(number: int, title: str, folder: Path) -> str:
+    """A lesson's small picture with its alternative text; empty while it has none."""
+    path = folder / f"{number:02}.png"
+    if not path.exists():
         return ""
-    name = next((name for name in saved if name in THUMBNAILS), saved[0])
-    alt = THUMBNAILS.get(name, title).replace('"', "'")
-    return f'<img src="figures/{name}.png" width="120" alt="{alt}">'
+    alt = ICONS.get(number, title).replace('"', "'")
+    return f'<img src="figures/icons/{path.name}" width="120" alt="{alt}">'
 
 
-def notebook_table(paths: list[Path], measured: Path) -> str:
-    """The table of notebooks, with the time and the memory that `measured` has for each."""
+def duration(seconds: float) -> str:
+    """A time as a reader takes it: 50 s, 2.1 min."""
+    return f"{10 * math.ceil(seconds / 10)} s" if seconds < 95 else f"{seconds / 60:.1f} min"
+
+
+def notebook_table(paths: list[Path], measured: Path, icons: Path) -> str:
+    """The table of lessons, with the time that `measured` has for each, and of the whole."""
     text = measured.read_text() if measured.exists() else ""
     rows = {row["notebook"]: row for row in csv.DictReader(text.splitlines())}
-    lines = ["| | notebook | the question | time | memory |", "| --- | --- | --- | --- | --- |"]
-    for stem in (*(path.stem for path in paths), "all"):
-        if stem not in rows:
-            raise ValueError(f"{measured.name} has no row for {stem}: run `make run`")
+    lines = ["| | lesson | the one question | time |", "| --- | --- | --- | --- |"]
     for path in paths:
-        seconds, peak = float(rows[path.stem]["seconds"]), float(rows[path.stem]["peak_mb"])
-        time = f"{10 * math.ceil(seconds / 10)} s" if seconds < 95 else f"{seconds / 60:.1f} min"
         title, question = title_and_question(path)
-        number, link = int(path.name[:2]), f"notebooks/{path.name}"
-        lines.append(
-            f"| {thumbnail(path, title)} | [{number}. {title}]({link}) | {question} "
-            f"| {time} | {peak / 1000:.1f} GB |"
-        )
-    whole = rows["all"]  # by the clock; and of those that ran at once
-    return "\n".join(lines) + (
-        f"\n\nTime and peak memory are as [last measured](notebooks/{measured.name}) by "
-        "`make run`, which runs two notebooks at a time, each on half of the cores: here on one of "
-        f"two. {float(whole['seconds']) / 60:.1f} minutes in all, at most "
-        f"{float(whole['peak_mb']) / 1000:.1f} GB for both."
-    )
-
-
-def benchmark_table(measured: Path) -> str:
-    """The table of diagonals, from what the benchmark wrote: the study's network."""
-    lines = ["| library | method | seconds | ratio | error |", "| --- | --- | --- | --- | --- |"]
-    for row in csv.DictReader(measured.read_text().splitlines()):
-        if row["network"] == "study":
-            cells = (row[key] for key in ("library", "method", "seconds", "ratio", "error"))
-            lines.append(f"| {' | '.join(cells)} |")
+        number = int(path.name[:2])
+        time = duration(float(rows[path.stem]["seconds"])) if path.stem in rows else "–"
+        lesson = f"[{number}. {title}](notebooks/{path.name})"
+        lines.append(f"| {icon(number, title, icons)} | {lesson} | {question} | {time} |")
+    if whole := rows.get("all"):  # by the clock; and of those that ran at once
+        lines += [
+            "",
+            f"Times are as [last measured](notebooks/{measured.name}) by `make run`, which runs "
+            "two notebooks at a time, each on half of the cores: here on one of two. "
+            f"{float(whole['seconds']) / 60:.1f} minutes in all, and at most "
+            f"{float(whole['peak_mb']) / 1000:.1f} GB of memory for both.",
+        ]
     return "\n".join(lines)
 
 
@@ -119,6 +91,11 @@ def rewrite(readme: str, texts: dict[str, str]) -> str:
     """The README with every marked place filled in. Raises ValueError if the badge has none."""
     if "<!-- links:badge -->" not in readme:
         raise ValueError("README.md has no <!-- links:badge --> ... <!-- /links --> for the badge")
+    if strange := set(re.findall(r"<!-- links:(\w+) -->", readme)) - set(texts):
+        raise ValueError(
+            f"README.md has places that this script does not fill: {', '.join(sorted(strange))}. "
+            "Remove their two comments, <!-- links:NAME --> and <!-- /links -->"
+        )
     return re.sub(
         r"(<!-- links:(\w+) -->).*?(<!-- /links -->)",
         lambda place: place[1] + texts[place[2]] + place[3],
@@ -133,11 +110,10 @@ def current() -> dict[str, str]:
     notebooks = sorted(ROOT.glob("notebooks/[0-9][0-9]-*.ipynb"))
     first = next(iter(notebooks), ROOT / "notebooks").relative_to(ROOT).as_posix()
     texts = blocks(project["urls"]["Repository"], first)
-    table = notebook_table(notebooks, ROOT / "notebooks" / "measured.csv")
-    diagonals = benchmark_table(ROOT / "benchmarks" / "diagonal.csv")
-    return {**texts, "notebooks": f"\n{table}\n", "benchmark": f"\n{diagonals}\n"}
+    measured, icons = ROOT / "notebooks" / "measured.csv", ROOT / "figures" / "icons"
+    return {**texts, "notebooks": f"\n{notebook_table(notebooks, measured, icons)}\n"}
 
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(rewrite(path.read_text(), current()))
+    path.write_text(rewrite(path.read_text(encoding="utf-8"), current()), encoding="utf-8")

@@ -50,23 +50,3 @@ def _close_figures():
     yield
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         pyplot.close("all")
-
-
-# How hard the project was tried, in the summary: where the tests of each kind are.
-TRIED = {
-    "bad inputs refused": "test_checks.py::test_bad_input",
-    "faults survived": "test_faults.py::",
-    "properties held": "test_properties.py::",
-    "numerical dangers met": "test_numerics.py::",
-}
-
-
-def pytest_terminal_summary(terminalreporter):
-    for kind, place in TRIED.items():
-        counts = {
-            outcome: sum(place in report.nodeid for report in terminalreporter.getreports(outcome))
-            for outcome in ("passed", "failed", "skipped")
-        }
-        if total := sum(counts.values()):
-            rest = [f", {n} {what}" for what, n in counts.items() if n and what != "passed"]
-            terminalreporter.write_line(f"{kind}: {counts['passed']} of {total}{''.join(rest)}")

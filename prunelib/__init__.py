@@ -1,18 +1,20 @@
 """Optimal Brain Damage in JAX: the helper package of the notebooks.
 
-What it does, in the order in which the data flow:
+In the order in which they build on each other:
 
-- `prunelib.data`: MNIST through TensorFlow Datasets, without TensorFlow.
-- `prunelib.models`: the 2016 network and a LeNet-5, as pure functions of a params pytree.
-- `prunelib.training`: recipes, and whole runs, all seeds at once, in one compiled scan.
-- `prunelib.curvature`: Hessian-vector products, and the diagonal of the Hessian five ways.
-- `prunelib.pruning`: saliency, ranking, mask, accuracy curve.
-- `prunelib.retraining`: pruning with retraining, and masks that no optimizer undoes.
-- `prunelib.streaming`: the same passes over more examples than memory holds, resumable.
-- `prunelib.taylor`: the terms of the loss change along a pruning path.
-- `prunelib.figures`: every plot of the series, and saving it with its table.
+- `checks`, `store`: refusing bad input in words; keeping arrays by name.
+- `data`: MNIST through TensorFlow Datasets, without TensorFlow.
+- `passes`, `linearity`: one pass over the data; how weights enter the logits.
+- `models`: the 2016 network and the two LeNets, as pure functions of a params pytree.
+- `training`: recipes, and all seeds at once in one compiled scan.
+- `curvature`: Hessian-vector products, and the diagonal of the Hessian.
+- `pruning`: saliency, ranking, mask, accuracy curve.
+- `taylor`, `retraining`, `streaming`: the terms of the loss change; prune, retrain, repeat; more
+  examples than memory holds.
+- `study2016`, `experiments`: what was published; every run and experiment of the series by name.
+- `figures`: one style, and saving a picture with the table it shows.
 
 Each module is imported by name (``from prunelib import pruning``); this file imports none.
 """
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"

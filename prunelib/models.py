@@ -4,7 +4,7 @@ A `Network` holds no weights. `init` makes them, `apply` uses them; between the 
 plain pytree, ``{"dense1": {"kernel": ..., "bias": ...}, ...}``, that anything may map over.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -31,12 +31,12 @@ class Layer:
     function : callable
         A function of a batch, ``[n, ...] -> [n, ...]``, or for a named layer the builder of its
         module, ``function(rngs=...) -> nnx.Module``.
-    graph : nnx.GraphDef or None
-        The module without its parameters.
-    kind : type or None
-        The module's class.
+    graph, kind : nnx.GraphDef and type, or None
+        The module without its parameters, and its class.
     shapes : dict or None
         The shape and dtype of each of its parameters.
+    is_plain : bool
+        Whether it is an `nnx.Linear` or `nnx.Conv` with nothing special about it.
     """
 
     name: str | None
@@ -44,6 +44,7 @@ class Layer:
     graph: nnx.GraphDef | None = None
     kind: type | None = None
     shapes: dict | None = None
+    is_plain: bool = False
 
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         return self.module(params)(x) if self.name else self.function(x)
@@ -113,11 +114,19 @@ class Network:
         """The shape and dtype of each parameter: what `init` returns, without numbers."""
         return {layer.name: layer.shapes for layer in self.layers if layer.name}
 
-    def __eq__(self, other):
-        return isinstance(other, Network) and self.layers == other.layers
+    @property
+    def is_chain(self) -> bool:
+        """Whether `apply` is what the layers say: not that of a subclass, or of a changed object."""
+        return type(self).apply is Network.apply and "apply" not in vars(self)
 
-    def __hash__(self):
-        return hash(self.layers)
+    @property
+    def fixed(self) -> Hashable | None:
+        """The layers, if what they compute cannot change: plain ones, and functions of libraries."""
+        plain = all(
+            layer.is_plain if layer.name else _is_of_a_library(layer.function)
+            for layer in self.layers
+        )
+        return self.layers if plain and self.is_chain else None
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters from a random key, as a nested dict of arrays."""
@@ -133,33 +142,27 @@ class Network:
     ) -> jax.Array:
         """The logits ``[n, classes]`` of a batch of images ``[n, pixels]``.
 
-        Dropout is off unless a random `key` is given: then each activation at `dropout_here` is
-        kept with probability `keep`, and divided by `keep` (as in training).
+        Grey values (uint8) are scaled to [0, 1]. Dropout is off unless a random `key` is given:
+        then each activation at `dropout_here` is kept with probability `keep`, and divided by
+        `keep`.
 
         Raises
         ------
         ValueError
             If network, params and images do not fit together, or `keep` is not in (0, 1].
-        TypeError
-            If the params are no floating-point arrays, or the images neither that nor uint8.
-        FloatingPointError
-            If a parameter or an image is NaN or infinite (not seen inside `jit`).
         """
-        checks.params(params)
         if not 0 < keep <= 1:
             raise ValueError(
                 f"keep: expected a probability in (0, 1], got {keep!r}; 1 is no dropout"
             )
         names = [layer.name for layer in self.layers if layer.name]
-        if not isinstance(params, dict) or sorted(params) != names:
-            found = list(params) if isinstance(params, dict) else type(params).__name__
+        found = sorted(params) if hasattr(params, "keys") else type(params).__name__
+        if found != names:
             raise ValueError(
                 f"params: the network's layers are {names}, got {found}; "
                 "pass what this network's init returned"
             )
         x = scaled(images)
-        if x.ndim < 2:
-            raise ValueError(f"images: expected a batch [n, ...], got shape {x.shape}; use x[None]")
         for number, layer in enumerate(self.layers):
             try:
                 x = layer(params, x)
@@ -175,6 +178,12 @@ class Network:
         return x
 
 
+def _is_of_a_library(function) -> bool:
+    """Whether a function is a module's own, of JAX or of this package, so that it stays itself."""
+    home = getattr(function, "__module__", "") or ""
+    return home.split(".")[0] in ("jax", "prunelib") and hasattr(function, "__name__")
+
+
 def _layer(entry) -> Layer:
     if callable(entry):
         return Layer(None, entry)
@@ -186,17 +195,30 @@ def _layer(entry) -> Layer:
     name, builder = entry
     module = nnx.eval_shape(lambda: builder(rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(module, nnx.Param, ...)
-    try:
-        hash(graph)
-        held = list(nnx.to_pure_dict(rest))
-    except TypeError:
-        held = [key for key, value in vars(module).items() if isinstance(value, jax.Array)]
-    if held:
+    if jax.tree.leaves(rest):
         raise TypeError(
-            f"layers: {name!r}, {type(module).__name__}, holds {held} besides its parameters, and "
+            f"layers: {name!r}, {type(module).__name__}, holds state besides its parameters, and "
             "a layer here is a pure function of those; leave it out, or write a function instead"
         )
-    return Layer(name, builder, graph, type(module), nnx.to_pure_dict(params))
+    return Layer(name, builder, graph, type(module), nnx.to_pure_dict(params), _is_plain(module))
+
+
+def _is_plain(module) -> bool:
+    """Whether a layer computes what its class is known for, in the precision of its inputs."""
+    if getattr(module, "promote_dtype", None) is not nnx.nn.dtypes.promote_dtype:
+        return False
+    if module.dtype not in (None, jnp.float32, jnp.float64):
+        return False
+    if type(module) is nnx.Linear:
+        return module.dot_general is jax.lax.dot_general
+    return (
+        type(module) is nnx.Conv
+        and len(module.kernel_size) == 2
+        and module.conv_general_dilated in (jax.lax.conv_general_dilated, convolve)
+        and all(d in (1, None, (1, 1)) for d in (module.kernel_dilation, module.input_dilation))
+        and module.feature_group_count == 1
+        and module.padding in ("SAME", "VALID")
+    )
 
 
 def mlp(
@@ -249,46 +271,18 @@ def flatten(x: jax.Array) -> jax.Array:
     return x.reshape(len(x), -1)
 
 
-def convolve(
-    x,
-    kernel,
-    window_strides,
-    padding,
-    *,
-    lhs_dilation=(1, 1),
-    rhs_dilation=(1, 1),
-    feature_group_count=1,
-    dimension_numbers=None,
-    precision=None,
-    out_sharding=None,
-) -> jax.Array:
-    """A convolution as one matrix product: `jax.lax.conv_general_dilated` for the simplest case.
+def convolve(x, kernel, window_strides, padding, *, precision=None, **options) -> jax.Array:
+    """A convolution as one matrix product, ``[n, h, w, in] -> [n, h - kh + 1, w - kw + 1, out]``.
 
-    On a CPU its gradient, inside a compiled loop, is some thirty times faster than that of XLA's
-    own convolution.
-
-    Parameters
-    ----------
-    x : array ``[n, h, w, in]``
-    kernel : array ``[kh, kw, in, out]``
-    window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count
-        Steps of 1, no padding, no dilation, one group, or ValueError is raised.
-    dimension_numbers, out_sharding
-        Given by nnx.Conv, and always those of the shapes above.
-    precision
-        As in `jax.lax.dot_general`.
-
-    Returns
-    -------
-    array ``[n, h - kh + 1, w - kw + 1, out]``
+    `jax.lax.conv_general_dilated` for the simplest case: steps of 1, no padding, no dilation, one
+    group; for anything else ValueError is raised. On a CPU its gradient, inside a compiled loop,
+    is some thirty times faster than that of XLA's own convolution.
     """
-    ones = {*window_strides, *lhs_dilation, *rhs_dilation, feature_group_count}
-    if ones != {1} or padding != "VALID":
+    steps = (*window_strides, *options.get("lhs_dilation", ()), *options.get("rhs_dilation", ()))
+    if {*steps, options.get("feature_group_count", 1)} != {1} or padding != "VALID":
         raise ValueError(
-            "window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count: only steps "
-            f"of 1, no padding, no dilation and one group, got {window_strides}, {padding!r}, "
-            f"{lhs_dilation}, {rhs_dilation}, {feature_group_count}; "
-            "leave nnx.Conv its own conv_general_dilated"
+            f"convolve: only steps of 1, no padding, no dilation, one group, got {window_strides}, "
+            f"{padding!r}, {options}; leave nnx.Conv its own conv_general_dilated"
         )
     kh, kw, _, out = kernel.shape
     height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
@@ -323,15 +317,7 @@ def lenet5() -> Network:
     )
 
 
-def _flat_order(network: Network) -> list[tuple[str, str]]:
-    shapes = network.shapes
-    others = {kind for layer in shapes.values() for kind in layer} - {"kernel", "bias"}
-    if others:
-        raise ValueError(
-            f"network: the order of the 2016 checkpoints knows kernels and biases only, found "
-            f"{sorted(others)}; use jax.flatten_util.ravel_pytree"
-        )
-    return [(name, kind) for kind in ("kernel", "bias") for name in shapes if kind in shapes[name]]
+# The order of the 2016 checkpoints --------------------------------------------------------------
 
 
 def params_from_flat(flat: np.ndarray, network: Network | None = None) -> Params:
@@ -348,32 +334,31 @@ def params_from_flat(flat: np.ndarray, network: Network | None = None) -> Params
     Raises
     ------
     ValueError
-        If `flat` is not a vector of the network's size, or a layer has more than a kernel and a
-        bias.
+        If `flat` is not a vector of the network's size.
     TypeError, FloatingPointError
         If its numbers are not floating-point, or not finite.
     """
-    network = mlp() if network is None else network
-    shapes, order = network.shapes, _flat_order(network)
+    shapes = (mlp() if network is None else network).shapes
+    order = _flat_order(shapes)
     sizes = [shapes[name][kind].size for name, kind in order]
     checks.params(flat, "flat")
-    flat = jnp.asarray(flat)
-    if flat.shape != (sum(sizes),):
+    if np.shape(flat) != (sum(sizes),):
         raise ValueError(
-            f"flat: expected a vector of {sum(sizes)} numbers, got shape {flat.shape}; "
+            f"flat: expected a vector of {sum(sizes)} numbers, got shape {np.shape(flat)}; "
             "concatenate all weights, then all biases"
         )
-    parts = jnp.split(flat, np.cumsum(sizes)[:-1])
-    params = {name: {} for name, _ in order}
+    parts = jnp.split(jnp.asarray(flat), np.cumsum(sizes)[:-1])
+    params = {name: {} for name in shapes}
     for (name, kind), part in zip(order, parts, strict=True):
         params[name][kind] = part.reshape(shapes[name][kind].shape)
     return params
 
 
-def flat_from_params(params: Params, network: Network | None = None) -> jax.Array:
+def flat_from_params(params: Params) -> jax.Array:
     """The inverse of `params_from_flat`: one vector, all weights and then all biases."""
-    network = mlp() if network is None else network
     checks.params(params)
-    checks.same_tree("params", params, "the network's params", network.shapes)
-    order = _flat_order(network)
-    return jnp.concatenate([params[name][kind].ravel() for name, kind in order])
+    return jnp.concatenate([params[name][kind].ravel() for name, kind in _flat_order(params)])
+
+
+def _flat_order(layers: Params) -> list[tuple[str, str]]:
+    return [(name, kind) for kind in ("kernel", "bias") for name in layers if kind in layers[name]]

@@ -1,16 +1,24 @@
-"""One pass over the data: a compiled scan over batches, every example counted exactly once."""
+"""One pass over the data: a compiled scan over batches, every example counted exactly once.
 
-from collections.abc import Callable
-from typing import Any
+And what it is given: the loss, and networks as `jit` should know them, by what they compute.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prunelib import checks
-from prunelib.data import Examples
+from prunelib.data import Examples, scaled
+
+FLOATS_IN_MEMORY = 2**24  # what a batch may take by default: 64 MB in float32
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -36,27 +44,182 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+# Functions as jit should know them ---------------------------------------------------------------
+
+
+class Function:
+    """A function that is told from others by what it computes now, not by which object it is.
+
+    `jit` keeps one compiled program for each static argument. A reader's function stays the same
+    object when a global or an attribute that it reads changes, and `jit` would go on running the
+    old program. This stands for it instead, and is another one when it computes something else.
+
+    Attributes
+    ----------
+    function : callable
+    program : ClosedJaxpr
+        The function as JAX traces it, for two examples.
+    """
+
+    def __init__(self, function: Callable, program: ClosedJaxpr, key: Hashable, origin: Any):
+        self.function, self.program, self.origin, self._key = function, program, origin, key
+
+    def __call__(self, *inputs):
+        return self.function(*inputs)
+
+    def __eq__(self, other):
+        return isinstance(other, Function) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+
+def forward(network: Any, params: Any, examples: Examples) -> Function:
+    """A network's ``(params, images) -> logits`` for images as they are kept; checks all three.
+
+    Grey values are scaled, and logits are at least float32 (their losses need it).
+
+    Parameters
+    ----------
+    network : Network, object with such an `apply`, or a function ``(params, images) -> logits``
+
+    Raises
+    ------
+    ValueError, TypeError, FloatingPointError
+        For params, images or labels that make no sense, alone or together; see `checks`.
+    """
+    apply = checks.network(network)
+    checks.params(params)
+    checks.examples(examples)
+    two = jax.ShapeDtypeStruct((2, *examples.images.shape[1:]), examples.images.dtype)
+    avals = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), params)
+
+    def from_pixels(params, images):
+        params = jax.tree.map(lambda w, aval: w.astype(aval.dtype), params, avals)
+        logits = apply(params, scaled(images))
+        wide = jnp.issubdtype(getattr(logits, "dtype", bool), jnp.floating)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) if wide else logits
+
+    fixed = getattr(network, "fixed", None)  # a models.Network of nothing that could change
+    leaves, structure = jax.tree.flatten((avals, two))
+    shapes = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    try:
+        if fixed is not None:
+            found, shape = _traced_once(fixed, _Hidden(from_pixels, (avals, two)), shapes)
+        else:
+            found, shape = jax.make_jaxpr(from_pixels, return_shape=True)(avals, two)
+    except Exception as error:
+        raise ValueError(
+            f"network, params, examples: the network cannot take images of shape "
+            f"{tuple(two.shape[1:])} with these params ({error}); "
+            "use params that this network.init made, and images of the shape it was made for"
+        ) from error
+    checks.logits(shape, examples)
+    key = (fixed, shapes) if fixed is not None else _content(found)
+    return Function(from_pixels, found, key, network)
+
+
+def known_loss(loss: Callable, forward: Function) -> Callable:
+    """A loss as jit should know it; raises TypeError or ValueError if it is no loss of each one."""
+    if loss is cross_entropy:
+        return loss
+    (logits,) = forward.program.out_avals
+    one = jax.ShapeDtypeStruct(logits.shape, logits.dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
+    try:
+        program, shape = jax.make_jaxpr(loss, return_shape=True)(*one)
+    except Exception as error:
+        raise ValueError(
+            f"loss: it cannot take logits {logits.shape} and labels (2,) ({error}); "
+            "pass a function of both, written with jax.numpy for any number of examples"
+        ) from error
+    if getattr(shape, "shape", None) != (2,):
+        raise ValueError(
+            f"loss: expected one loss for each of two examples, shape (2,), got "
+            f"{getattr(shape, 'shape', shape)}; leave the mean to this package"
+        )
+    return Function(loss, program, _content(program), loss)
+
+
+class _Hidden(NamedTuple):
+    """A function and its inputs, equal to all others: the other arguments tell what it is."""
+
+    function: Callable
+    inputs: tuple
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 0
+
+
+@lru_cache(maxsize=256)
+def _traced_once(fixed, hidden, shapes):
+    return jax.make_jaxpr(hidden.function, return_shape=True)(*hidden.inputs)
+
+
+def _content(program: ClosedJaxpr) -> Hashable:
+    """What tells one program from another: its text, and the constants that the text leaves out."""
+    constants = []
+    for value in _constants(program):
+        if isinstance(value, jax.core.Tracer):
+            return object()  # not known yet: like nothing else
+        constants.append((str(value.dtype), value.shape, np.asarray(value).tobytes()))
+    return re.sub(" at 0x[0-9a-f]+", "", str(program)), tuple(constants)
+
+
+def equations(program: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
+    """All equations of a program and of those that it calls."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params):
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                yield from equations(value)
+
+
+def _constants(program: ClosedJaxpr) -> Iterator[Any]:
+    yield from program.consts
+    for equation in equations(program):
+        yield from (np.asarray(x.val) for x in equation.invars if isinstance(x, Literal))
+        for value in jax.tree.leaves(equation.params):
+            if isinstance(value, ClosedJaxpr):
+                yield from value.consts
+            elif hasattr(value, "__array__") and not isinstance(value, type):
+                yield value
+
+
+def default_batch(forward: Function, parts: int, each: int = 0) -> int:
+    """How many examples of a forward pass fit into FLOATS_IN_MEMORY, with `parts` such passes.
+
+    `each` floats more are needed for each example (a gradient, say).
+    """
+    sizes = (np.prod(out.aval.shape) for e in equations(forward.program) for out in e.outvars)
+    floats = parts * sum(sizes) / 2 + each  # the program is that of two examples
+    return int(np.clip(FLOATS_IN_MEMORY // max(1, floats), 1, 2500))
+
+
+# The pass ----------------------------------------------------------------------------------------
+
+
 def mean_over_batches(
     function: Callable[[jax.Array, jax.Array, jax.Array], Any], examples: Examples, batch_size: int
 ) -> Any:
     """The sum over batches of ``function(images, labels, weights)``, as one `lax.scan`.
 
     The weights are 1/n for each of the n examples, and 0 for the copies of the last example that
-    fill the last batch (no blank ones, for which some networks give NaN); so a function that sums
-    ``weights * (something per example)`` gets the exact mean over the data, whatever the batch
-    size. What rounding adds to the sum of one batch is taken off the next (Kahan's compensated
-    summation), so thousands of small batches are as exact as one. To be called inside `jit`.
+    fill the last batch; so a function that sums ``weights * (something per example)`` gets the
+    exact mean over the data, whatever the batch size. What rounding adds to the sum of one batch
+    is taken off the next (Kahan's compensated summation), so thousands of small batches are as
+    exact as one. To be called inside `jit`.
 
-    Examples that are spread over the devices of a mesh (`data.place`, or `jax.device_put` with a
-    `NamedSharding` of the first axis) stay where they are: each batch takes as many from each
-    device, so that all devices work on every batch, and only sums travel between them.
+    Examples that are spread over the devices of a mesh (`data.place`) stay where they are: each
+    batch takes as many from each device, and only sums travel between them.
 
     Raises
     ------
-    TypeError, ValueError
-        If the examples are not what `Examples` says, or `batch_size` is less than 1.
+    ValueError
+        If `batch_size` is less than 1.
     """
-    checks.examples(examples)
     checks.whole("batch_size", batch_size)
     n, mesh = len(examples.labels), jax.typeof(examples.images).sharding.mesh
     devices = 1 if mesh.empty or n % mesh.size else mesh.size
@@ -75,9 +238,7 @@ def mean_over_batches(
     if jnp.issubdtype(examples.images.dtype, jnp.floating):
         dtype = jnp.promote_types(examples.images.dtype, dtype)
     real = getattr(examples, "real", None)
-    weights = jnp.full(n, 1 / n, dtype)
-    if real is not None:
-        weights = real / real.sum(dtype=weights.dtype)
+    weights = jnp.full(n, 1 / n, dtype) if real is None else real / real.sum(dtype=dtype)
     batched = (cut(examples.images), cut(examples.labels), cut(weights, "constant"))
 
     def step(sums, batch):
@@ -92,10 +253,3 @@ def mean_over_batches(
     if devices == 1:
         return total
     return jax.lax.with_sharding_constraint(total, NamedSharding(mesh, PartitionSpec()))
-
-
-def count(examples: Examples) -> int:
-    """How many examples there are, without the padding of `data.place`."""
-    checks.examples(examples)
-    real = getattr(examples, "real", None)
-    return len(examples.labels) if real is None else int(jnp.sum(real))

@@ -7,26 +7,19 @@ a pruned network is ``apply_mask(params, kept)``, a new pytree.
 
 import math
 from collections.abc import Iterable
-from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 from prunelib import checks
-from prunelib.data import Examples, scaled
-from prunelib.passes import count, cross_entropy, mean_over_batches
+from prunelib.data import Examples, count
+from prunelib.passes import cross_entropy, default_batch, forward, mean_over_batches
 
 SCOPES = ("all", "layer")
-
-
-@partial(jax.jit, static_argnums=0)
-def _each(function, *trees):
-    """`jax.tree.map` as one compiled program, not one for each array and operation."""
-    return jax.tree.map(function, *trees)
-
 
 # Scores ------------------------------------------------------------------------------------------
 
@@ -34,7 +27,7 @@ def _each(function, *trees):
 def magnitude(params: Any) -> Any:
     """``|w_k|``, a pytree shaped like `params`."""
     checks.params(params)
-    return _each(jnp.abs, params)
+    return jax.tree.map(jnp.abs, params)
 
 
 def obd_saliency(params: Any, diagonal: Any) -> Any:
@@ -54,23 +47,22 @@ def obd_saliency(params: Any, diagonal: Any) -> Any:
     """
     checks.params(params)
     checks.params(diagonal, "diagonal")
-    checks.same_tree("diagonal", diagonal, "params", params)
+    diagonal = checks.like("diagonal", diagonal, "params", params)
     if not checks.is_traced(diagonal) and not any(map(np.any, jax.tree.leaves(diagonal))):
         raise FloatingPointError(
             "diagonal: every entry is exactly zero, so that nothing would be ranked; "
             "if the loss is below rounding, compute in float64, or rank by magnitude"
         )
-    return checks.finite("the saliencies", _each(_half_h_w_squared, params, diagonal))
 
+    def saliency(w, h):
+        dtype = jnp.promote_types(jnp.result_type(w, h), jnp.float32)  # at least
+        return 0.5 * h.astype(dtype) * w.astype(dtype) ** 2
 
-def _half_h_w_squared(w, h):
-    dtype = jnp.promote_types(jnp.result_type(w, h), jnp.float32)  # at least
-    return 0.5 * h.astype(dtype) * w.astype(dtype) ** 2
+    return checks.finite("the saliencies", jax.tree.map(saliency, params, diagonal))
 
 
 def random_scores(key: jax.Array, params: Any) -> Any:
     """Uniform random scores, the baseline that any criterion must beat; shaped like `params`."""
-    checks.key(key)
     checks.params(params)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
@@ -80,27 +72,9 @@ def random_scores(key: jax.Array, params: Any) -> Any:
 
 
 def weights_only(params: Any) -> Any:
-    """A pytree for `prunable`: False for every leaf named "bias", True for the others.
-
-    Raises
-    ------
-    TypeError
-        If a leaf has no name, being an array alone, or in a list or a tuple.
-    """
+    """A pytree for `prunable`: False for every leaf named "bias", True for the others."""
     checks.params(params)
-
-    def is_weight(path, _):
-        names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
-        if names[-1:] == ["value"]:  # inside an nnx.Param
-            names.pop()
-        if not (names and isinstance(names[-1], str)):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)}: expected a name for each array, such as "
-                '"kernel" or "bias", found none; make a pytree of bools yourself'
-            )
-        return names[-1] != "bias"
-
-    return jax.tree.map_with_path(is_weight, params)
+    return jax.tree.map_with_path(lambda path, _: checks.names_of(path)[-1:] != ("bias",), params)
 
 
 # Ranking and masks -------------------------------------------------------------------------------
@@ -127,23 +101,23 @@ def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
 
     Raises
     ------
-    ValueError
-        For an unknown scope, an empty pytree, or a `prunable` of another structure.
-    TypeError
-        If scores are complex or no arrays of numbers, or `prunable` holds anything but bools.
-    FloatingPointError
-        If a score is NaN or infinite: it has no place in any order.
+    ValueError, TypeError, FloatingPointError
+        For an unknown scope, a `prunable` of another structure, or scores that are not finite
+        real numbers: NaN has no place in any order.
     """
-    leaves, structure, free = _checked(scores, scope, prunable)
-    return structure.unflatten(_ranked(leaves, scope, tuple(free)))
+    free = _checked(scores, scope, prunable)
+    return places(scores, scope, free)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _ranked(leaves, scope, free):
+def places(scores: Any, scope: str, free: tuple[bool, ...] | None = None) -> Any:
+    """`ranks` without its checks, for use inside `jit`; `free` has a bool for each leaf."""
+    leaves, structure = jax.tree.flatten(scores)
+    free = free or (True,) * len(leaves)
     if scope == "layer":
-        return [_places(leaf.ravel()).reshape(leaf.shape) for leaf in leaves]
+        return structure.unflatten([_order(leaf.ravel()).reshape(leaf.shape) for leaf in leaves])
     chosen = [leaf.ravel() for leaf, f in zip(leaves, free, strict=True) if f]
-    order = _places(jnp.concatenate(chosen)) if chosen else None
+    order = _order(jnp.concatenate(chosen)) if chosen else None
     ranked, start = [], 0
     for leaf, is_free in zip(leaves, free, strict=True):
         if is_free:
@@ -151,89 +125,49 @@ def _ranked(leaves, scope, free):
             start += leaf.size
         else:
             ranked.append(jnp.zeros(leaf.shape, jnp.int32))
-    return ranked
+    return structure.unflatten(ranked)
 
 
-def _places(scores: jax.Array) -> jax.Array:
-    order = jnp.argsort(scores, stable=True)
-    places = jnp.arange(scores.size, dtype=jnp.int32)
-    return jnp.zeros_like(places).at[order].set(places)
+def _order(scores: jax.Array) -> jax.Array:
+    numbers = jnp.arange(scores.size, dtype=jnp.int32)
+    return jnp.zeros_like(numbers).at[jnp.argsort(scores, stable=True)].set(numbers)
 
 
-def _checked(scores, scope, prunable):
-    """The leaves of `scores`, their structure, and for each leaf whether it may be pruned."""
+def _checked(scores, scope, prunable) -> tuple[bool, ...]:
+    """For each leaf whether it may be pruned, if all arguments make sense."""
     checks.one_of("scope", scope, SCOPES)
+    checks.scores(scores)
     leaves, structure = jax.tree.flatten(scores)
-    if not leaves:
-        raise ValueError("scores: the pytree has no arrays; pass one shaped like params")
-    for path, leaf in jax.tree.leaves_with_path(scores):
-        dtype = getattr(leaf, "dtype", None)
-        real = dtype is not None and (
-            jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-        )
-        if not real:
-            raise TypeError(
-                f"scores{jax.tree_util.keystr(path)}: expected real numbers, "
-                f"got {dtype or type(leaf).__name__}; rank the magnitude, or a real saliency"
-            )
-    checks.convertible("scores", scores)
-    checks.finite("scores", scores)
     if prunable is None:
-        return leaves, structure, [True] * len(leaves)
-    if jax.tree.structure(prunable) != structure or any(map(np.ndim, jax.tree.leaves(prunable))):
+        return (True,) * len(leaves)
+    free, found = jax.tree.flatten(prunable)
+    if found != structure or not all(isinstance(f, bool | np.bool_) for f in free):
         raise ValueError(
-            f"prunable: expected one bool for each leaf of scores, {structure}, "
-            f"got {jax.tree.structure(prunable)}; make it as weights_only(params) does"
+            f"prunable: expected one bool for each leaf of scores, {structure}, got {prunable}; "
+            "make it as weights_only(params) does"
         )
-    for path, free in jax.tree.leaves_with_path(prunable):
-        if np.asarray(free).dtype != bool:
-            raise TypeError(
-                f"prunable{jax.tree_util.keystr(path)}: expected a bool, got {free!r}; "
-                "make it as weights_only(params) does"
-            )
-    return leaves, structure, [bool(f) for f in jax.tree.leaves(prunable)]
+    return tuple(map(bool, free))
 
 
-def counts(scores: Any, percent: float, scope: str = "all", prunable: Any = None) -> Any:
-    """How many entries go: for each leaf, the rank below which its entries are pruned.
+def limits(scores: Any, percent: float, scope: str, free: tuple[bool, ...] | None = None) -> Any:
+    """For each leaf, the rank below which its entries go: ``floor(percent · n / 100)``, exactly.
 
-    `percent` of n prunable entries is ``floor(percent · n / 100)``, in exact arithmetic; n counts
-    all leaves together (scope "all") or each by itself (scope "layer").
-
-    Raises
-    ------
-    ValueError
-        If `percent` is not within 0 to 100; and see `ranks`.
+    n counts all leaves together (scope "all") or each by itself (scope "layer").
     """
-    return _counts(*_checked(scores, scope, prunable), scope, percent)
-
-
-def _counts(leaves, structure, free, scope, percent):
-    sizes = [leaf.size * f for leaf, f in zip(leaves, free, strict=True)]
+    leaves, structure = jax.tree.flatten(scores)
+    sizes = [leaf.size * f for leaf, f in zip(leaves, free or (True,) * len(leaves), strict=True)]
     if scope == "all":
-        sizes = [sum(sizes) * f for f in free]
-    exact = _exact(percent)
+        sizes = [sum(sizes) * (size > 0) for size in sizes]
+    exact = checks.percent(percent)
     return structure.unflatten([math.floor(exact * n / 100) for n in sizes])
-
-
-def _exact(percent) -> Fraction:
-    try:
-        # str: 0.1 is meant as a tenth, not as the double next to it.
-        exact = Fraction(str(percent)) if np.ndim(percent) == 0 else None
-    except ValueError:
-        exact = None
-    if exact is None or isinstance(percent, str) or not 0 <= exact <= 100:
-        raise ValueError(
-            f"percent: expected a number from 0 to 100, got {percent!r}; it is the share to prune"
-        )
-    return exact
 
 
 def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) -> Any:
     """Which entries stay when the lowest `percent` of the scores go.
 
-    Parameters are those of `ranks` and `counts`, and so are the errors. Masks nest: what is pruned
-    at one level is pruned at every higher one.
+    Parameters and errors are those of `ranks`; `percent` is from 0 to 100. Of n prunable entries
+    ``floor(percent · n / 100)`` go. Masks nest: what is pruned at one level is pruned at every
+    higher one.
 
     Returns
     -------
@@ -246,8 +180,9 @@ def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) 
     >>> mask({"w": jnp.array([0.3, 0.1, 0.2, 0.4])}, percent=50)["w"].tolist()
     [True, False, False, True]
     """
-    limits = counts(scores, percent, scope, prunable)
-    return _each(jnp.greater_equal, ranks(scores, scope, prunable), limits)
+    free = _checked(scores, scope, prunable)
+    below = limits(scores, percent, scope, free)
+    return jax.tree.map(jnp.greater_equal, places(scores, scope, free), below)
 
 
 def apply_mask(params: Any, kept: Any) -> Any:
@@ -255,33 +190,53 @@ def apply_mask(params: Any, kept: Any) -> Any:
 
     Raises
     ------
-    ValueError
-        If the two pytrees differ in structure or shapes.
-    TypeError
-        If `kept` holds anything but booleans.
+    ValueError, TypeError
+        If the two pytrees differ in structure or shapes, or `kept` holds anything but booleans.
     """
     checks.params(params)
-    checks.same_tree("kept", kept, "params", params)
     checks.booleans(kept)
-    return _each(_zero_where_pruned, params, kept)
+    return masked(params, checks.like("kept", kept, "params", params))
 
 
-def _zero_where_pruned(w, k):
-    return jnp.where(k, w, jnp.zeros_like(w))
+def masked(params: Any, kept: Any) -> Any:
+    """`apply_mask` without its checks, for use inside `jit`."""
+    return jax.tree.map(lambda w, k: jnp.where(k, w, jnp.zeros_like(w)), params, kept)
 
 
-# Curves ------------------------------------------------------------------------------------------
+# Accuracy ----------------------------------------------------------------------------------------
 
 
-class Curve(NamedTuple):
-    """What is left at each level: NumPy arrays of one length.
+class Measure(NamedTuple):
+    """`accuracy`, a fraction, and `loss`, the mean cross-entropy in nats."""
 
-    `accuracy` is a fraction (0 to 1), `loss` the mean cross-entropy in nats.
+    accuracy: float
+    loss: float
+
+
+def evaluate(network, params: Any, examples: Examples, batch_size: int | None = None) -> Measure:
+    """Accuracy and mean loss of a network over all `examples`, as two floats.
+
+    Raises
+    ------
+    ValueError, TypeError, FloatingPointError
+        See `passes.forward`. And TypeError inside `jit`, where there are no floats.
     """
+    checks.concrete("params, examples", (params, tuple(examples)))
+    logits = forward(network, params, examples)
+    size = batch_size or default_batch(logits, 1)
+    correct, loss = _evaluate(logits, size, params, examples)
+    checks.finite("the loss", loss)
+    return Measure(int(correct) / count(examples), float(loss))
 
-    percents: np.ndarray
-    accuracy: np.ndarray
-    loss: np.ndarray
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _evaluate(logits, batch_size, params, examples):
+    def batch(images, labels, weights):
+        z = logits(params, images)
+        correct = (z.argmax(1) == labels) & (weights > 0)
+        return correct.sum(), weights @ cross_entropy(z, labels)
+
+    return mean_over_batches(batch, examples, batch_size)
 
 
 def accuracy_curve(
@@ -292,8 +247,8 @@ def accuracy_curve(
     percents: Iterable[float] = range(0, 100),
     scope: str = "all",
     prunable: Any = None,
-    batch_size: int = 2500,
-) -> Curve:
+    batch_size: int | None = None,
+) -> pd.DataFrame:
     """Accuracy and loss over all `examples`, with the lowest scores pruned, level by level.
 
     One compiled program serves every level, criterion, scope and set of weights. No retraining:
@@ -304,52 +259,40 @@ def accuracy_curve(
     scores : pytree
         Shaped like `params`; the lowest go first. See `ranks` for `scope` and `prunable`.
     percents : iterable of numbers
-        The levels, each from 0 to 100, in any order.
-    batch_size : int
+        The levels, percent pruned, each from 0 to 100, in any order.
+    batch_size : int, optional
         Examples in memory at a time; the result does not depend on it.
+
+    Returns
+    -------
+    DataFrame
+        One row a level: `percent` pruned, `remaining` (100 minus that), `accuracy` (a fraction)
+        and `loss` (in nats).
 
     Raises
     ------
     ValueError, TypeError, FloatingPointError
-        See `ranks`, `counts` and `checks.network_inputs`; and if `percents` is empty.
+        See `ranks` and `passes.forward`; and if `percents` is empty.
     """
-    percents = list(percents)
-    if not percents:
+    levels = list(percents)
+    if not levels:
         raise ValueError("percents: there are none; pass for instance range(0, 100)")
-    checks.network_inputs(network, params, examples, batch_size)
-    checks.same_tree("scores", scores, "params", params)
-    checked = _checked(scores, scope, prunable)
-    limits = [_counts(*checked, scope, percent) for percent in percents]
-    places = ranks(scores, scope, prunable)
-    examples = jax.tree.map(jnp.asarray, examples)  # once for all levels
-    found = [_pruned(network, batch_size, params, places, limit, examples) for limit in limits]
-    correct, loss = (np.array(column) for column in zip(*found, strict=True))
+    checks.concrete("params, scores, examples", (params, scores, tuple(examples)))
+    logits = forward(network, params, examples)
+    scores = checks.like("scores", scores, "params", params)
+    free = _checked(scores, scope, prunable)
+    below = [limits(scores, percent, scope, free) for percent in levels]
+    order = places(scores, scope, free)
+    examples = jax.tree.map(jnp.asarray, examples)  # on the device once, for all levels
+    size = batch_size or default_batch(logits, 1)
+    found = [_pruned(logits, size, params, order, limit, examples) for limit in below]
+    correct, loss = (np.array(column, float) for column in zip(*found, strict=True))
     checks.finite("the loss of the pruned network", loss)
-    return Curve(np.array(percents), correct / count(examples), loss)
+    table = {"percent": levels, "remaining": 100 - np.array(levels, float)}
+    return pd.DataFrame({**table, "accuracy": correct / count(examples), "loss": loss})
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _pruned(network, batch_size, params, places, limits, examples):
-    kept = jax.tree.map(jnp.greater_equal, places, limits)
-    pruned = jax.tree.map(_zero_where_pruned, params, kept)
-
-    def batch(images, labels, weights):
-        logits = network.apply(pruned, scaled(images))
-        correct = (logits.argmax(1) == labels) & (weights > 0)
-        return correct.sum(), weights @ cross_entropy(logits, labels)
-
-    return mean_over_batches(batch, examples, batch_size)
-
-
-def evaluate(network, params: Any, examples: Examples, batch_size: int = 2500):
-    """``(accuracy, mean loss)`` of a network over all `examples`: a fraction, and nats.
-
-    Raises
-    ------
-    ValueError, TypeError, FloatingPointError
-        See `checks.network_inputs`.
-    """
-    checks.params(params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    curve = accuracy_curve(network, params, zeros, examples, [0], batch_size=batch_size)
-    return float(curve.accuracy[0]), float(curve.loss[0])
+def _pruned(logits, batch_size, params, order, below, examples):
+    kept = jax.tree.map(jnp.greater_equal, order, below)
+    return _evaluate(logits, batch_size, masked(params, kept), examples)

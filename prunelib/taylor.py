@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 from prunelib import checks
 from prunelib.curvature import hessian_diagonal
-from prunelib.data import Examples, scaled
-from prunelib.passes import cross_entropy, mean_over_batches
+from prunelib.data import Examples
+from prunelib.passes import cross_entropy, default_batch, forward, known_loss, mean_over_batches
 
 
 class LossChange(NamedTuple):
@@ -41,7 +42,7 @@ def loss_change(
     diagonal: Any = None,
     *,
     loss: Callable = cross_entropy,
-    batch_size: int = 1000,
+    batch_size: int | None = None,
 ) -> LossChange:
     """What pruning to the mask `kept` does to the mean loss, split into Taylor terms.
 
@@ -52,19 +53,17 @@ def loss_change(
     Parameters
     ----------
     params : pytree of float arrays
-        One network. For several, see `loss_changes`.
     kept : pytree of bool
         Shaped like `params`; True = kept. For several masks at once, each leaf has the same
         leading axes in front, for instance ``[levels, ...]``.
     examples : Examples
         Images ``[n, ...]`` and integer labels ``[n]``. All n are used.
     diagonal : pytree, optional
-        The Hessian's diagonal at `params`, shaped like it; by default that of
-        `curvature.hessian_diagonal`, which is exact for piecewise-linear networks. For smooth
-        activations pass the result of its method "neuron" or "one_hot".
+        The Hessian's diagonal at `params`, shaped like it; by default
+        `curvature.hessian_diagonal`, with its warning where that is not exact.
     loss : callable
         ``(logits [n, classes], labels [n]) -> [n]``, the loss of each example.
-    batch_size : int
+    batch_size : int, optional
         Examples in memory at a time. The result does not depend on it.
 
     Returns
@@ -74,77 +73,50 @@ def loss_change(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         If the pytrees do not match, or network, params and examples do not (see `checks`).
-    TypeError
-        If `kept` holds anything but booleans.
     FloatingPointError
         If a parameter, an image, the diagonal or a term is NaN or infinite.
     """
-    checks.network_inputs(network, params, examples, batch_size, loss)
-    axes = _leading_axes(kept, params)
+    checks.concrete("params, kept, examples", (params, kept, tuple(examples)))
+    logits = forward(network, params, examples)
+    axes, masks = _masks(kept, params)
     if diagonal is None:
         diagonal = hessian_diagonal(network, params, examples, loss=loss)
-    checks.same_tree("diagonal", diagonal, "params", params)
-    checks.convertible("diagonal", diagonal)
-    checks.finite("diagonal", diagonal)
-    masks = jax.tree.map(lambda k, w: jnp.reshape(k, (-1, *w.shape)), kept, params)
-    first, own, half, actual = (
-        np.asarray(term, float).reshape(axes)[()]  # [()]: a 0-d array becomes a number
-        for term in _terms(network, loss, batch_size, params, masks, diagonal, examples)
-    )
+    diagonal = checks.finite("diagonal", checks.like("diagonal", diagonal, "params", params))
+    size = batch_size or default_batch(logits, 8)
+    terms = _terms(logits, known_loss(loss, logits), size, params, masks, diagonal, examples)
+    first, own, half, actual = (np.asarray(t, float).reshape(axes)[()] for t in terms)
     change = LossChange(first, own, half - own, actual - first - half, actual)
     return checks.finite("the loss change", change)
 
 
-def loss_changes(network, params, kept, examples, diagonal=None, **options) -> LossChange:
-    """`loss_change` of several networks, each with masks of its own.
-
-    `params` and `diagonal` have a leading axis over networks (as in `training.Runs`), `kept` has
-    that axis before all others: ``[networks, levels, ...]`` gives arrays ``[networks, levels]``.
-    """
-
-    def select(tree, place):
-        return None if tree is None else jax.tree.map(lambda leaf: leaf[place], tree)
-
-    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((params, kept, diagonal))}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            "params, kept, diagonal: expected the same leading axis over networks, "
-            f"got {sorted(sizes)}; for a single network use loss_change"
-        )
-    each = [
-        loss_change(
-            network, select(params, i), select(kept, i), examples, select(diagonal, i), **options
-        )
-        for i in range(sizes.pop()[0])
-    ]
-    return LossChange(*(np.stack(terms) for terms in zip(*each, strict=True)))
-
-
-def _leading_axes(kept, params):
-    """The axes that every leaf of `kept` has before those of `params`."""
+def _masks(kept, params):
+    """The axes that every leaf of `kept` has before those of `params`; and masks ``[m, ...]``."""
     checks.booleans(kept)
     leaves = jax.tree.leaves(kept)
     extra = np.ndim(leaves[0]) - np.ndim(jax.tree.leaves(params)[0]) if leaves else 0
     axes = np.shape(leaves[0])[:extra] if extra > 0 else ()
     expected = jax.tree.map(lambda w: jax.ShapeDtypeStruct((*axes, *w.shape), bool), params)
-    checks.same_tree("kept", kept, "params (after the axes over masks)", expected)
-    return axes
+    kept = checks.like("kept", kept, "params (after the axes over masks)", expected)
+    number = int(np.prod(axes))
+    return axes, jax.tree.map(lambda k, w: jnp.reshape(k, (number, *w.shape)), kept, params)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _terms(network, loss, batch_size, params, masks, diagonal, examples):
+def _terms(logits, loss, batch_size, params, masks, diagonal, examples):
     """gᵀδ, ½ Σ h_kk δ_k², ½ δᵀHδ and the change itself, for each mask: four arrays ``[masks]``."""
-    deltas = jax.tree.map(lambda k, w: jnp.where(k, jnp.zeros_like(w), -w), masks, params)
+
+    def deltas(mask):
+        return jax.tree.map(lambda k, w: jnp.where(k, jnp.zeros_like(w), -w), mask, params)
 
     def batch(images, labels, weights):
-        x = scaled(images)
-
         def losses(params):
-            return loss(network.apply(params, x), labels)
+            return loss(logits(params, images), labels)
 
-        def along(delta):
+        def along(mask):
+            delta = deltas(mask)
+
             def slope(params):
                 return jax.jvp(losses, (params,), (delta,))
 
@@ -152,15 +124,15 @@ def _terms(network, loss, batch_size, params, masks, diagonal, examples):
             after = losses(jax.tree.map(jnp.add, params, delta))
             return weights @ first, weights @ (0.5 * second), weights @ (after - before)
 
-        return jax.vmap(along)(deltas)
+        return jax.lax.map(along, masks)
 
     first, half, actual = mean_over_batches(batch, examples, batch_size)
 
-    def own(delta):
-        terms = jax.tree.map(lambda h, d: 0.5 * (h * d**2).sum(), diagonal, delta)
+    def own(mask):
+        terms = jax.tree.map(lambda h, d: 0.5 * (h * d**2).sum(), diagonal, deltas(mask))
         return sum(jax.tree.leaves(terms))
 
-    return first, jax.vmap(own)(deltas), half, actual
+    return first, jax.lax.map(own, masks), half, actual
 
 
 def layer_terms(
@@ -170,32 +142,49 @@ def layer_terms(
     examples: Examples,
     *,
     loss: Callable = cross_entropy,
-    batch_size: int = 1000,
-) -> np.ndarray:
-    """Second-order terms by pairs of layers: ``½ δ_aᵀ H_ab δ_b``, an array ``[layers, layers]``.
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """Second-order terms by pairs of layers: ``½ δ_aᵀ H_ab δ_b``, rows and columns named.
 
-    A layer is an entry of `params` at its top level. The matrix is symmetric, and all its entries
-    add up to ``½ δᵀHδ``, the `diagonal` plus the `cross` of `loss_change`. It is half the Hessian
-    of ``c -> E(w + Σ_a c_a δ_a)`` at 0: one HVP for each layer, with δ in that layer only.
+    A layer is what `params` branches into first: the entries of a dict, or of whatever pytree.
+    The table is symmetric, and all its entries add up to ``½ δᵀHδ``, the `diagonal` plus the
+    `cross` of `loss_change`. It is half the Hessian of ``c -> E(w + Σ_a c_a δ_a)`` at 0: one HVP
+    for each layer, with δ in that layer only.
 
     Parameters and errors are those of `loss_change`; `kept` is a single mask.
     """
-    checks.network_inputs(network, params, examples, batch_size, loss)
-    if axes := _leading_axes(kept, params):
-        raise ValueError(f"kept: expected a single mask, shaped like params, got axes {axes} more")
-    terms = _layer_terms(network, loss, batch_size, params, kept, examples)
-    return np.asarray(checks.finite("the layer terms", terms), float)
+    checks.concrete("params, kept, examples", (params, kept, tuple(examples)))
+    logits = forward(network, params, examples)
+    checks.booleans(kept)
+    kept = checks.like("kept", kept, "params", params)
+    names = _layers(params)
+    size = batch_size or default_batch(logits, 8)
+    loss = known_loss(loss, logits)
+    found = _layer_terms(logits, loss, size, tuple(names), params, kept, examples)
+    checks.finite("the layer terms", found)
+    layers = list(dict.fromkeys(names))
+    return pd.DataFrame(np.asarray(found, float), index=layers, columns=layers)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _layer_terms(network, loss, batch_size, params, kept, examples):
+def _layers(params) -> list[str]:
+    """For each leaf the name of its layer: its path up to where the pytree first branches."""
+    paths = [checks.names_of(path) for path, _ in jax.tree.leaves_with_path(params)]
+    depth = next((d for d in range(len(paths[0])) if len({p[: d + 1] for p in paths}) > 1), 0)
+    return ["/".join(path[depth : depth + 1]) or "params" for path in paths]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _layer_terms(logits, loss, batch_size, names, params, kept, examples):
+    layers = list(dict.fromkeys(names))
+    leaves, structure = jax.tree.flatten(params)
+    masks = jax.tree.leaves(kept)
+
     def batch(images, labels, weights):
         def mean_loss(c):  # c_a = 1 prunes layer a
-            shares = {name: jax.tree.map(lambda _, c=c[a]: c, params[name])
-                      for a, name in enumerate(params)}  # fmt: skip
-            moved = jax.tree.map(lambda w, k, c: jnp.where(k, w, w - c * w), params, kept, shares)
-            return weights @ loss(network.apply(moved, scaled(images)), labels)
+            shares = [c[layers.index(name)].astype(w.dtype) for name, w in zip(names, leaves)]
+            moved = [jnp.where(k, w, w - s * w) for k, w, s in zip(masks, leaves, shares)]
+            return weights @ loss(logits(structure.unflatten(moved), images), labels)
 
-        return 0.5 * jax.hessian(mean_loss)(jnp.zeros(len(params), weights.dtype))
+        return 0.5 * jax.hessian(mean_loss)(jnp.zeros(len(layers), weights.dtype))
 
     return mean_over_batches(batch, examples, batch_size)

@@ -1,0 +1,87 @@
+"""Whether each weight enters the logits piecewise linearly: read off the network's own program.
+
+Where it does, the Gauss-Newton diagonal *is* the Hessian's (Martens, JMLR 21, 2020, section 9).
+It does not behind a smooth activation, nor where one array is used at several depths, so that it
+multiplies itself.
+"""
+
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Literal
+
+from prunelib.passes import Function
+
+NONE, LINEAR, SHARED, SMOOTH = range(4)  # how a value depends on an array of parameters
+
+# Linear in all their inputs together, or only choosing among them.
+_LINEAR = set(
+    """add add_any sub neg reduce_sum cumsum reshape squeeze transpose broadcast_in_dim rev pad
+    concatenate slice dynamic_slice dynamic_update_slice gather scatter scatter-add scatter_add
+    convert_element_type copy real imag reduce_max reduce_min max min abs select_n stack unstack
+    reduce_window_sum reduce_window_max reduce_window_min select_and_gather_add cummax cummin
+    select_and_scatter_add reduce_precision clamp sort top_k tile optimization_barrier
+    sharding_constraint expand_dims split""".split()
+)
+_PRODUCT = {"mul", "dot_general", "conv_general_dilated"}
+# Constant almost everywhere: comparisons and roundings.
+_STEPS = set("eq ne lt le gt ge sign floor ceil round argmax argmin is_finite and or not".split())
+
+
+def dependence(forward: Function, params: Any) -> dict[str, int]:
+    """How the logits depend on each array of `params`: NONE, LINEAR, SHARED or SMOOTH, by path.
+
+    LINEAR is piecewise linear in each single weight. SHARED is an array that multiplies something
+    that depends on it, SMOOTH one behind a function that bends. Where the program does not tell,
+    the answer is the less favourable one.
+    """
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    found = {}
+    for number, path in enumerate(paths):
+        inputs = [LINEAR if i == number else NONE for i in range(len(paths))]
+        outputs = _follow(forward.program, [*inputs, NONE])
+        found[path] = max(outputs)
+    return found
+
+
+def _follow(program: ClosedJaxpr, inputs: list[int]) -> list[int]:
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    kinds = dict.fromkeys(jaxpr.constvars, NONE) | dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def kind(value):
+        return NONE if isinstance(value, Literal) else kinds[value]
+
+    for equation in jaxpr.eqns:
+        outputs = _through(equation, [kind(value) for value in equation.invars])
+        kinds |= dict(zip(equation.outvars, outputs, strict=True))
+    return [kind(value) for value in jaxpr.outvars]
+
+
+def _through(equation, inputs: list[int]) -> list[int]:
+    name, most, count = equation.primitive.name, max(inputs, default=NONE), len(equation.outvars)
+    if most == NONE or name in _STEPS:
+        return [NONE] * count
+    if name in _LINEAR:
+        return [most] * count
+    if name in _PRODUCT:
+        both = min(inputs) > NONE and len(inputs) == 2
+        return [max(SHARED, most) if both else most] * count
+    if name == "div":
+        return [SMOOTH if inputs[1] > NONE else most]
+    inner = [v for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (v := equation.params.get(key))]
+    if name == "scan":
+        return _loop(inner[0], inputs, equation.params["num_consts"], equation.params["num_carry"])
+    if inner and len(getattr(inner[0], "jaxpr", inner[0]).invars) == len(inputs):
+        return _follow(inner[0], inputs)
+    return [SMOOTH] * count
+
+
+def _loop(body, inputs, constants, carried) -> list[int]:
+    """A scan: what is carried may grow from step to step, until it does no more."""
+    while True:
+        outputs = _follow(body, inputs)
+        carry = inputs[constants : constants + carried]
+        grown = [max(old, new) for old, new in zip(carry, outputs[:carried], strict=True)]
+        if grown == carry:
+            return outputs
+        inputs = [*inputs[:constants], *grown, *inputs[constants + carried :]]

@@ -13,6 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def require(good: bool, message: str, kind: type[Exception] = ValueError) -> None:
+    """Raise `kind` with this message unless `good`."""
+    if not good:
+        raise kind(message)
+
+
 def is_traced(tree: Any) -> bool:
     """Whether `tree` holds values that are not known yet, inside `jit`, `vmap` or `grad`."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
@@ -20,11 +26,12 @@ def is_traced(tree: Any) -> bool:
 
 def concrete(name: str, tree: Any) -> None:
     """Raise TypeError inside `jit`, `vmap` or `grad`, for a function that returns plain numbers."""
-    if is_traced(tree):
-        raise TypeError(
-            f"{name}: expected numbers, got values that are not known yet, inside jit, vmap or "
-            "grad; call this function outside, or write the sum with passes.mean_over_batches"
-        )
+    require(
+        not is_traced(tree),
+        f"{name}: expected numbers, got values that are not known yet, inside jit, vmap or grad; "
+        "call this function outside, or write the sum with passes.mean_over_batches",
+        TypeError,
+    )
 
 
 def here(array: Any) -> np.ndarray:
@@ -35,54 +42,42 @@ def here(array: Any) -> np.ndarray:
 
 
 def finite(what: str, tree: Any) -> Any:
-    """Return `tree` if all its numbers are finite, else raise FloatingPointError.
-
-    The message says in which leaf, and how many. Traced values pass unseen.
-    """
+    """`tree`, if all its numbers that are known are finite; else raise FloatingPointError."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer):
-            continue
-        bad = int((~np.isfinite(here(leaf))).sum())
-        if bad:
-            place = jax.tree_util.keystr(path) or "the array"
+        if not is_traced(leaf) and (bad := int((~np.isfinite(here(leaf))).sum())):
             raise FloatingPointError(
-                f"{what}: {bad} of {np.size(leaf)} numbers in {place} are NaN or infinite; "
-                "find the step that made them (often log(softmax): use logits) before going on"
+                f"{what}: {bad} of {np.size(leaf)} numbers in {jax.tree_util.keystr(path)} are "
+                "NaN or infinite; find the step that made them (often log(softmax): use logits)"
             )
     return tree
 
 
-def params(tree: Any, name: str = "params") -> None:
-    """Raise unless `tree` is a non-empty pytree of finite floating-point arrays."""
+def params(tree: Any, name: str = "params", kinds: tuple = (jnp.floating,)) -> None:
+    """Raise unless `tree` is a non-empty pytree of finite arrays of these kinds of numbers."""
     leaves = jax.tree.leaves_with_path(tree)
-    if not leaves:
-        raise ValueError(f"{name}: the pytree has no arrays; pass what network.init returned")
+    require(leaves, f"{name}: the pytree has no arrays; pass one as network.init returns it")
     for path, leaf in leaves:
         dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)}: expected a floating-point array, "
-                f"got {dtype or type(leaf).__name__}; convert it with .astype(float32)"
-            )
+        require(
+            dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds),
+            f"{name}{jax.tree_util.keystr(path)}: expected an array of real numbers, got "
+            f"{dtype or type(leaf).__name__}; convert it with .astype(float32)",
+            TypeError,
+        )
     finite(name, tree)
 
 
 def scores(tree: Any) -> None:
     """Raise unless `tree` is a non-empty pytree of finite real arrays, fit to be ranked."""
-    leaves = jax.tree.leaves_with_path(tree)
-    if not leaves:
-        raise ValueError("scores: the pytree has no arrays; pass one shaped like params")
-    for path, leaf in leaves:
-        dtype = getattr(leaf, "dtype", None)
-        real = dtype is not None and any(
-            jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
-        )
-        if not real:
-            raise TypeError(
-                f"scores{jax.tree_util.keystr(path)}: expected real numbers, "
-                f"got {dtype or type(leaf).__name__}; rank the magnitude, or a real saliency"
-            )
-    finite("scores", tree)
+    params(tree, "scores", (jnp.floating, jnp.integer))
+
+
+def booleans(mask: Any, name: str = "kept") -> None:
+    """Raise TypeError unless all leaves of a mask are arrays of booleans."""
+    for leaf in jax.tree.leaves(mask):
+        found = getattr(leaf, "dtype", type(leaf).__name__)
+        require(found == np.dtype(bool), f"{name}: expected booleans, got {found}; make masks by "
+                "pruning.mask", TypeError)  # fmt: skip
 
 
 def names_of(path: tuple) -> tuple[str, ...]:
@@ -97,158 +92,99 @@ def names_of(path: tuple) -> tuple[str, ...]:
 def like(name: str, tree: Any, reference_name: str, reference: Any) -> Any:
     """`tree` in the structure of `reference`, if both have the same leaves of the same shapes.
 
-    Wrappers may differ: a dict of arrays fits an `nnx.State`, or Variables fit bare arrays.
-
-    Raises
-    ------
-    ValueError
-        If a leaf is missing, is too many, or has another shape.
+    Wrappers may differ (a dict of arrays fits an `nnx.State`, Variables fit bare arrays). Raises
+    ValueError if a leaf is missing, is too many, or has another shape.
     """
     found, expected = jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(reference)
     one, two = ({names_of(path): leaf for path, leaf in side} for side in (found, expected))
-    if one.keys() != two.keys():
-        raise ValueError(
-            f"{name}: expected the leaves of {reference_name}, "
-            f"{sorted(map('/'.join, two))}, got {sorted(map('/'.join, one))}; "
-            "make it by jax.tree.map from the same params"
-        )
-    for path, leaf in two.items():
-        if np.shape(one[path]) != np.shape(leaf):
-            raise ValueError(
-                f"{name}, {'/'.join(path)}: expected shape {np.shape(leaf)} "
-                f"as in {reference_name}, got {np.shape(one[path])}; make it from the same params"
-            )
-    leaves = [one[names_of(path)] for path, _ in expected]
-    return jax.tree.structure(reference).unflatten(leaves)
-
-
-def booleans(mask: Any, name: str = "kept") -> None:
-    """Raise TypeError unless all leaves of a mask are arrays of booleans."""
-    for leaf in jax.tree.leaves(mask):
-        if getattr(leaf, "dtype", None) != np.dtype(bool):
-            found = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(f"{name}: expected booleans, got {found}; make masks by pruning.mask")
+    shapes = [{"/".join(k): np.shape(v) for k, v in side.items()} for side in (one, two)]
+    require(shapes[0] == shapes[1], f"{name}: expected the arrays of {reference_name}, "
+            f"{shapes[1]}, got {shapes[0]}; make it by jax.tree.map from the same params")  # fmt: skip
+    return jax.tree.structure(reference).unflatten([one[names_of(path)] for path, _ in expected])
 
 
 def labels(value: Any, classes: int | None = None, name: str = "labels") -> None:
     """Raise unless `value` is an array of integers, each from 0 to ``classes - 1`` if given."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(
-            f"{name}: expected an array of integers, got {dtype or type(value).__name__}; "
-            "for one-hot labels take the argmax"
-        )
-    if classes is None or is_traced(value) or value.size == 0:
-        return
-    low, high = int(here(value).min()), int(here(value).max())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"{name}: found {low} to {high}, but there are {classes} classes (0 to {classes - 1}); "
-            "number the classes from 0, or make a network with a wider last layer"
-        )
+    found = getattr(value, "dtype", type(value).__name__)
+    integers = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)
+    require(integers, f"{name}: expected an array of integers, got {found}; for one-hot labels "
+            "take the argmax", TypeError)  # fmt: skip
+    if classes is not None and not is_traced(value) and value.size:
+        low, high = int(here(value).min()), int(here(value).max())
+        require(0 <= low and high < classes, f"{name}: found {low} to {high}, but there are "
+                f"{classes} classes (0 to {classes - 1}); number them from 0, or make a network "
+                "with a wider last layer")  # fmt: skip
 
 
 def examples(value: Any) -> None:
     """Raise unless `value` holds n > 0 images (uint8 or finite floats) and n integer labels."""
-    if not (hasattr(value, "images") and hasattr(value, "labels")):
-        raise TypeError(
-            f"examples: expected Examples(images, labels), got {type(value).__name__}; "
-            "pass for instance load_mnist().train"
-        )
-    images, classes, real = value.images, value.labels, getattr(value, "real", None)
-    for name, array in (("images", images), ("labels", classes)):
-        if not hasattr(array, "dtype"):
-            raise TypeError(
-                f"examples.{name}: expected an array, got {type(array).__name__}; "
-                "convert it with numpy.asarray"
-            )
-    if images.ndim < 2 or classes.ndim != 1 or len(images) != len(classes) or not len(classes):
-        raise ValueError(
-            f"examples: expected images [n, ...] and labels [n], n > 0, got {images.shape} and "
-            f"{classes.shape}; cut both alike, and leave the first axis to the examples"
-        )
+    images, classes = getattr(value, "images", None), getattr(value, "labels", None)
+    require(hasattr(images, "dtype") and hasattr(classes, "dtype"), "examples: expected "
+            f"Examples(images, labels) of arrays, got {type(value).__name__}; pass for instance "
+            "load_mnist().train", TypeError)  # fmt: skip
+    alike = images.ndim > 1 and classes.ndim == 1 and len(images) == len(classes) > 0
+    require(alike, f"examples: expected images [n, ...] and labels [n], n > 0, got {images.shape} "
+            f"and {classes.shape}; cut both alike, and leave the first axis to the examples")  # fmt: skip
     labels(classes, name="examples.labels")
-    if real is not None and (real.dtype != bool or np.shape(real) != np.shape(classes)):
-        raise ValueError(
-            f"examples.real: expected a boolean for each label, got {real.dtype} "
-            f"{np.shape(real)}; let data.place make it"
-        )
+    real = getattr(value, "real", None)
+    good = real is None or (real.dtype == bool and np.shape(real) == np.shape(classes))
+    require(good, "examples.real: expected a boolean for each label; let data.place make it")
     if images.dtype == np.uint8:
         return
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(
-            f"examples.images: expected uint8 (0 to 255) or floats (0 to 1), "
-            f"got {images.dtype}; convert them with .astype"
-        )
+    require(jnp.issubdtype(images.dtype, jnp.floating), "examples.images: expected uint8 (0 to "
+            f"255) or floats (0 to 1), got {images.dtype}; convert them", TypeError)  # fmt: skip
     finite("examples.images", images)
-    if not is_traced(images):
-        few = here(images[:100])
-        if few.max(initial=0) > 1.5 and (few == np.round(few)).all():
-            raise ValueError(
-                f"examples.images: found whole numbers up to {few.max():.0f} as floats, which "
-                "would be taken as they are; divide grey values by 255, or pass uint8"
-            )
+    few = np.zeros(1) if is_traced(images) else here(images[:100]).astype(np.float32)
+    require(few.max(initial=0) <= 1.5 or (few != np.round(few)).any(), "examples.images: found "
+            f"whole numbers up to {few.max(initial=0):.0f} as floats, which would be taken as they "
+            "are; divide grey values by 255, or pass uint8")  # fmt: skip
 
 
 def logits(shape: Any, examples: Any) -> None:
     """Raise unless what a network returns for two images has the form and type of logits."""
-    dtype = getattr(shape, "dtype", None)
-    real = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    if not real or shape.ndim != 2 or shape.shape[0] != 2:
-        found = f"{dtype or type(shape).__name__} {getattr(shape, 'shape', '')}"
-        raise ValueError(
-            f"network: apply must return float logits [n, classes], got {found} for two images; "
-            "end it with one row for each image"
-        )
+    good = hasattr(shape, "dtype") and jnp.issubdtype(shape.dtype, jnp.floating)
+    require(good and shape.shape[:-1] == (2,), f"network: apply must return float logits "
+            f"[n, classes], got {shape} for two images; end it with one row for each")  # fmt: skip
     labels(examples.labels, shape.shape[1], "examples.labels")
 
 
 def network(value: Any) -> Callable:
     """``value.apply``, or `value` itself if it is a function ``(params, images) -> logits``."""
     apply = getattr(value, "apply", value)
-    if not callable(apply):
-        raise TypeError(
-            f"network: expected a function (params, images) -> logits, or an object with such an "
-            f"apply, got {type(value).__name__}; pass for instance models.mlp()"
-        )
+    require(callable(apply), "network: expected a function (params, images) -> logits, or an object "
+            f"with such an apply, got {type(value).__name__}; pass for instance models.mlp()",
+            TypeError)  # fmt: skip
     return apply
 
 
 def percent(value: Any) -> Fraction:
     """A percentage from 0 to 100, exactly: 0.1 is meant as a tenth, not as the nearest double."""
     try:
-        exact = Fraction(str(value)) if np.ndim(value) == 0 else None
+        exact = Fraction(-1) if np.ndim(value) or isinstance(value, str) else Fraction(str(value))
     except ValueError:
-        exact = None
-    if exact is None or isinstance(value, str) or not 0 <= exact <= 100:
-        raise ValueError(
-            f"percent: expected a number from 0 to 100, got {value!r}; it is the share to prune"
-        )
+        exact = Fraction(-1)
+    require(0 <= exact <= 100, f"percent: expected a number from 0 to 100, got {value!r}; it is the "
+            "share to prune")  # fmt: skip
     return exact
 
 
 def whole(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not (integer and value >= least):
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    require(integer and value >= least, f"{name}: expected an integer of at least {least}, got "
+            f"{value!r}")  # fmt: skip
 
 
 def seeds(value: Any) -> tuple[int, ...]:
     """The seeds as a tuple of distinct integers, or an error that says what to pass instead."""
-    if not isinstance(value, Iterable) or isinstance(value, str):
-        raise TypeError(
-            f"seeds: expected several integers, got {value!r}; pass range({value!r}) for so many "
-            f"seeds, or [{value!r}] for that one"
-        )
-    found = list(value)
-    integers = [isinstance(s, int | np.integer) and not isinstance(s, bool) for s in found]
-    if not found or not all(integers) or len(set(found)) < len(found):
-        raise ValueError(f"seeds: expected distinct integers, got {found}; pass e.g. range(5)")
+    found = list(value) if isinstance(value, Iterable) else [None]
+    integers = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in found)
+    require(found and integers and len(set(found)) == len(found), "seeds: expected several distinct "
+            f"integers, got {value!r}; pass range(5) for five seeds, or [5] for that one")  # fmt: skip
     return tuple(int(seed) for seed in found)
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of the `known` names; the message lists them."""
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: {value!r} is unknown; choose one of {sorted(known)}")
+    good = isinstance(value, str) and value in known
+    require(good, f"{name}: {value!r} is unknown; choose one of {sorted(known)}")

@@ -13,6 +13,7 @@ import os
 import struct
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from prunelib import checks, store
+from prunelib.checks import require
 
 SHIPPED = {"mnist": Path(__file__).with_name("mnist")}
 # In TFDS's order: the SHA-256 of the images and labels of each split.
@@ -43,13 +45,9 @@ class DataError(RuntimeError):
 class Examples(NamedTuple):
     """Images and their labels.
 
-    Attributes
-    ----------
-    images : array [n, 784], or [n, ...]
-        uint8 grey values 0 (black) to 255, row by row; or floats in [0, 1].
+    images : array [n, 784], or [n, ...]; uint8 grey values 0 (black) to 255, or floats in [0, 1]
     labels : integer array [n]
-    real : bool array [n], optional
-        False for copies that only fill up a batch or a device, and count nowhere; see `place`.
+    real : bool array [n], or None; False for copies that only fill up, and count nowhere
     """
 
     images: Any
@@ -69,51 +67,28 @@ class Splits(NamedTuple):
 
 
 def load_mnist() -> Splits:
-    """All of MNIST, in TFDS's (shuffled, reproducible) order; see `load`.
-
-    References
-    ----------
-    LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition, 1998.
-    """
+    """All of MNIST (LeCun, Bottou, Bengio, Haffner, 1998), in TFDS's reproducible order: `load`."""
     return load("mnist")
 
 
 def load(name: str, folder: str | os.PathLike | None = None) -> Splits:
-    """A data set of 28 x 28 pictures in ten classes, every array verified.
+    """A data set of 28 x 28 pictures in ten classes, its files verified by TFDS's checksums.
 
-    Parameters
-    ----------
-    name : {"mnist", "fashion_mnist"}
-    folder : path, optional
-        Where the four original ``.gz`` files are. Without it, what was loaded before is read from
-        `store.cache_dir()`; MNIST is shipped; Fashion-MNIST is downloaded by TFDS.
-
-    Returns
-    -------
-    Splits
-        `train` and `test`: images uint8 ``[n, 784]``, labels int32 ``[n]``, as NumPy arrays.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name.
-    DataError
-        If a file is missing, altered, or cannot be downloaded.
+    What was loaded before is read from `store.cache_dir()`. Else "mnist" is made from the shipped
+    files, "fashion_mnist" from the four original ``.gz`` files in `folder`, or from the network.
+    Images are uint8 ``[n, 784]``, labels int32 ``[n]``, as NumPy arrays. Raises ValueError for an
+    unknown name, DataError if a file is missing, altered, or out of reach.
     """
     checks.one_of("name", name, SHA256)
     file = store.cache_dir() / f"{name}-3.npz"
-    if folder is None:
+    if folder is None and file.exists():
         try:
             return _verified(name, store.read(file)[0])
-        except (FileNotFoundError, NotADirectoryError):
-            pass
         except Exception as error:  # whatever is wrong with a kept copy, the remedy is a new one
-            _warn(f"{file} is damaged ({type(error).__name__}: {error}); it will be made anew")
-    splits = _prepare(name, Path(folder).expanduser() if folder else SHIPPED.get(name))
-    try:
-        store.write(file, _flat(splits), {"name": name})
-    except OSError as error:
-        _warn(f"{name} cannot be kept in {file.parent} ({error}); set PRUNELIB_CACHE to another")
+            store.warn(f"{file} is damaged ({type(error).__name__}: {error}); making it anew")
+    arrays = _prepared(name, Path(folder).expanduser() if folder else SHIPPED.get(name))
+    splits = _verified(name, arrays)
+    store.keep(file, arrays, {"name": name})
     return splits
 
 
@@ -124,44 +99,27 @@ def scaled(images: jax.Array | np.ndarray) -> jax.Array:
     """
     if images.dtype == jnp.uint8:
         return jnp.asarray(images).astype(jnp.float32) / 255
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return jnp.asarray(images)
-    raise TypeError(
-        "images: expected a uint8 array (0 to 255) or a floating-point one (0 to 1), "
-        f"got {images.dtype}; convert it with .astype"
-    )
+    require(jnp.issubdtype(images.dtype, jnp.floating), "images: expected uint8 (0 to 255) or "
+            f"floats (0 to 1), got {images.dtype}; convert them", TypeError)  # fmt: skip
+    return jnp.asarray(images)
 
 
 def place(examples: Examples, mesh: Mesh | None = None) -> Examples:
-    """Spread examples over the devices of a mesh: each device holds an equal share, and only that.
+    """Spread examples over a mesh (by default all devices of all processes): equal shares.
 
     What is then computed from them is computed where they are (see `passes.mean_over_batches`).
-
-    Parameters
-    ----------
-    examples : Examples
-        Any number; copies of the last fill up the devices, with ``real`` False. In several
-        processes each passes the same arrays, and only its share goes to its devices.
-    mesh : jax.sharding.Mesh, optional
-        With axes of the type `Auto`; by default all devices of all processes.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the examples are not what `Examples` says, or the mesh is none, or has explicit axes.
+    Copies of the last example fill up the devices, with ``real`` False. Each process passes the
+    same arrays. Raises ValueError if the mesh's axes are not of the type `Auto`.
     """
     mesh = Mesh(np.array(jax.devices()), ("examples",)) if mesh is None else mesh
-    if set(getattr(mesh, "axis_types", ())) != {AxisType.Auto}:
-        raise ValueError(
-            f"mesh: expected a Mesh with axes of the type Auto, got {mesh!r}; "
-            'make it as Mesh(jax.devices(), ("examples",))'
-        )
+    auto = set(getattr(mesh, "axis_types", ())) == {AxisType.Auto}
+    require(auto, f"mesh: expected a Mesh with axes of the type Auto, got {mesh!r}; make it as "
+            'Mesh(jax.devices(), ("examples",))')  # fmt: skip
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     examples = collected(examples)
     whole = filled(examples, -(-len(examples.labels) // mesh.size) * mesh.size)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), whole
-    )
+    share = partial(jax.make_array_from_callback, sharding=sharding)
+    return jax.tree.map(lambda x: share(x.shape, data_callback=x.__getitem__), whole)
 
 
 def filled(examples: Examples, length: int) -> Examples:
@@ -170,16 +128,10 @@ def filled(examples: Examples, length: int) -> Examples:
     Copies rather than zeros, for which some networks give NaN.
     """
     images, labels, _ = collected(examples)
-    more = length - len(labels)
-    if more < 0:
-        raise ValueError(
-            f"length: expected at least {len(labels)}, the number of examples, got {length}; "
-            "nothing is dropped here"
-        )
-    images, labels = (
-        np.concatenate([x, np.broadcast_to(x[-1:], (more, *x.shape[1:]))]) for x in (images, labels)
-    )
-    return Examples(images, labels, np.arange(length) < length - more)
+    n = len(labels)
+    require(length >= n, f"length: expected at least {n}, the number of examples, got {length}")
+    places = np.minimum(np.arange(length), n - 1)
+    return Examples(images[places], labels[places], np.arange(length) < n)
 
 
 def collected(examples: Examples) -> Examples:
@@ -200,78 +152,54 @@ def count(examples: Examples) -> int:
     return len(examples.labels) if real is None else int(jnp.sum(real))
 
 
-def _flat(splits: Splits) -> store.Arrays:
-    return {
-        f"{split}/{field}": getattr(getattr(splits, split), field)
-        for split in ("train", "test")
-        for field in ("images", "labels")
-    }
-
-
 def _verified(name: str, arrays: store.Arrays) -> Splits:
     for key, sha256 in SHA256[name].items():
-        if hashlib.sha256(np.ascontiguousarray(arrays[key])).hexdigest() != sha256:
-            raise DataError(f"{name}: {key} is not what it should be (its SHA-256 differs)")
-    return Splits(
-        *(Examples(arrays[f"{s}/images"], arrays[f"{s}/labels"]) for s in ("train", "test"))
-    )
+        same = hashlib.sha256(np.ascontiguousarray(arrays[key])).hexdigest() == sha256
+        require(same, f"{name}: {key} is not what it should be (its SHA-256 differs)", DataError)
+    parts = ("train", "test")
+    return Splits(*(Examples(arrays[f"{p}/images"], arrays[f"{p}/labels"]) for p in parts))
 
 
-def _prepare(name: str, folder: Path | None) -> Splits:
-    """Prepare a data set with TFDS, which verifies its files' checksums, and read it back."""
+def _prepared(name: str, folder: Path | None) -> store.Arrays:
+    """What TFDS prepares, and verifies by its checksums, read back: images and labels by split."""
+    import tensorflow_datasets as tfds
+
+    remedy = "connect to the network, or pass a folder with the four original .gz files"
     with tempfile.TemporaryDirectory() as prepared, _quiet():
-        import tensorflow_datasets as tfds
-
         tfds.disable_progress_bar()
         builder = _builder(name, prepared)
-        _check_files(name, builder.url_infos, folder)
-        try:
-            builder.download_and_prepare(
-                file_format="array_record",  # parquet loses rows; tfrecord needs TensorFlow
-                download_config=tfds.download.DownloadConfig(
-                    manual_dir=folder, force_checksums_validation=True, try_download_gcs=False
-                ),
-            )
+        for url, info in builder.url_infos.items():  # TFDS itself would try for minutes
+            there = (folder / info.filename).is_file() if folder else _reachable(url)
+            require(there, f"{name}: {info.filename} is out of reach; {remedy}", DataError)
+        config = tfds.download.DownloadConfig(
+            manual_dir=folder, force_checksums_validation=True, try_download_gcs=False
+        )
+        try:  # parquet loses rows; tfrecord needs TensorFlow
+            builder.download_and_prepare(file_format="array_record", download_config=config)
         except Exception as error:
             raise DataError(
-                f"{name}: TFDS cannot prepare it ({type(error).__name__}: {error}); pass a folder "
-                "with the four original .gz files"
+                f"{name}: the files in {folder} are damaged, or TFDS cannot prepare them "
+                f"({type(error).__name__}: {error}); {remedy}, or reinstall prunelib"
             ) from error
-        splits = Splits(_read_split(builder, "train"), _read_split(builder, "test"))
-    return _verified(name, _flat(splits))
+        return _split(builder, "train") | _split(builder, "test")
 
 
-def _check_files(name: str, infos: dict[str, Any], folder: Path | None) -> None:
-    """Raise DataError at once where TFDS would try for minutes before it says so."""
+def _reachable(url: str) -> bool:
     import requests
 
-    for url, info in infos.items():
-        if folder is None:
-            try:
-                requests.head(url, timeout=5).raise_for_status()
-                continue
-            except requests.RequestException as error:
-                raise DataError(
-                    f"{name}: {info.filename} cannot be downloaded ({type(error).__name__}); "
-                    "connect to the network, or pass a folder with the four original .gz files"
-                ) from error
-        file = folder / info.filename
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != info.checksum:
-            state = "is damaged (its SHA-256 differs)" if file.is_file() else "is missing"
-            raise DataError(
-                f"{name}: {file} {state}; take the original, or reinstall prunelib "
-                "(scripts/make_mnist.py makes the shipped files anew)"
-            )
+    try:
+        return requests.head(url, timeout=5).ok
+    except requests.RequestException:
+        return False
 
 
 @contextlib.contextmanager
 def _quiet():
     """Silence what TFDS prints, logs and warns of: it names temporary folders and helps nobody."""
     disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(disabled)
@@ -287,18 +215,15 @@ def _builder(name: str, folder: str) -> Any:
     with tfds.core.registered.skip_registration():
 
         class Builder(stock):
-            name = stock.name
-            url_infos = stock.url_infos
+            name, url_infos = stock.name, stock.url_infos
 
             def _split_generators(self, dl_manager):
                 urls = {info.filename: url for url, info in self.url_infos.items()}
                 files = dl_manager.download(urls)
+                kinds = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
                 return {
-                    split: self._generate_examples(
-                        _idx(files[f"{prefix}-images-idx3-ubyte.gz"]),
-                        _idx(files[f"{prefix}-labels-idx1-ubyte.gz"]),
-                    )
-                    for split, prefix in (("train", "train"), ("test", "t10k"))
+                    split: self._generate_examples(*(_idx(files[f"{part}-{k}"]) for k in kinds))
+                    for split, part in (("train", "train"), ("test", "t10k"))
                 }
 
             def _generate_examples(self, images, labels):
@@ -311,26 +236,17 @@ def _builder(name: str, folder: str) -> Any:
 def _idx(file: os.PathLike) -> np.ndarray:
     """The bytes in a gzipped IDX file (big-endian header: 0, 0, 8, the rank, then the shape)."""
     raw = gzip.decompress(Path(file).read_bytes())
-    rank = raw[3]
-    shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
-def _read_split(builder: Any, split: str) -> Examples:
-    """One prepared split as arrays; the PNGs are decoded here, a thousand at a time."""
+def _split(builder: Any, split: str) -> store.Arrays:
+    """One prepared split as arrays; the PNGs are decoded here."""
     import PIL.Image
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    images = np.empty((len(source), 784), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    for start in range(0, len(source), 1000):
-        chunk = source.__getitems__(range(start, min(start + 1000, len(source))))
-        for i, record in enumerate(chunk, start):
-            images[i] = np.asarray(PIL.Image.open(io.BytesIO(record["image"]))).ravel()
-            labels[i] = record["label"]
-    return Examples(images, labels)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    records = source.__getitems__(range(len(source)))
+    images = [np.asarray(PIL.Image.open(io.BytesIO(r["image"]))).ravel() for r in records]
+    labels = np.array([r["label"] for r in records], np.int32)
+    return {f"{split}/images": np.stack(images), f"{split}/labels": labels}

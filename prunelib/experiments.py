@@ -6,16 +6,15 @@ A run is a set of trained networks, ``trained("plain")``; an outcome is a table 
 ``outcome("plain-obd")``.
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pandas as pd
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prunelib import checks, data, models, pruning, store
 from prunelib.curvature import hessian_diagonal
@@ -56,20 +55,11 @@ RUNS: dict[str, tuple[Callable, Recipe, int]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Pruning with retraining from a run: see `retraining.prune_and_retrain`.
+    """Pruning with retraining from a run (`start`, a key of RUNS).
 
-    Attributes
-    ----------
-    start : str
-        A key of RUNS.
-    criterion, scope : str
-    retraining : Recipe
-        Of one round.
-    remaining : tuple of numbers
-        The levels, percent kept, round by round.
-    one_shot : bool
-        Whether each level is reached at once, with the budget of the rounds of ROUNDS up to it.
-    scored_on : int or None
+    See `retraining.prune_and_retrain`; `retraining` is the recipe of one round, `remaining` percent
+    kept, round by round. With `one_shot` each level is reached at once, with the budget of ROUNDS
+    up to it.
     """
 
     start: str
@@ -106,25 +96,21 @@ OUTCOMES = (*PLANS, "lenet5-without-retraining")
 
 
 def trained(name: str) -> Runs:
-    """The networks of a run of the series: fetched, or trained if they are not there.
-
-    Raises ValueError for a name that is no key of RUNS.
-    """
+    """The networks of a run of the series, a key of RUNS: fetched, or trained if not there."""
     checks.one_of("name", name, RUNS)
     _, recipe, number = RUNS[name]
     arrays = store.kept(name, _settings(name), lambda: _train(name))
     history = pd.DataFrame({k.split("/")[1]: v for k, v in arrays.items() if k[:8] == "history/"})
-    params = jax.tree.map(jnp.asarray, store.nested(arrays, "params"))
+    params = unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/")["params"]
     return Runs(recipe, tuple(range(number)), params, history)
 
 
 def outcome(name: str) -> pd.DataFrame:
-    """The table of an experiment of the series: fetched, or made if it is not there (minutes).
+    """The table of an experiment of the series, one of OUTCOMES: fetched, or made (minutes).
 
     One row a measurement: `recipe` (the run it started from), `seed`, `criterion`, `scope`,
     `remaining` (percent of the parameters), `before` (accuracy before retraining, a fraction),
-    `accuracy` and `loss`; and for each array of the network, by its path, how many of its entries
-    are left. Raises ValueError for an unknown name.
+    `accuracy` and `loss`; and how many entries of each array are left, by the array's path.
     """
     checks.one_of("name", name, OUTCOMES)
     return pd.DataFrame(store.kept(name, _settings(name), lambda: _experiment(name)))
@@ -135,25 +121,18 @@ def _settings(name: str) -> dict:
     plan = PLANS.get(name)
     start = plan.start if plan else name.split("-")[0]
     build, recipe, number = RUNS[start]
-    settings = {
-        "version": VERSION,
-        "network": build.__name__,
-        "recipe": dataclasses.asdict(recipe),
-        "seeds": number,
-        "data": data.SHA256["mnist"]["train/images"],
-    }
+    settings = {"version": VERSION, "network": build.__name__, "recipe": asdict(recipe)}
+    settings |= {"seeds": number, "data": data.SHA256["mnist"]["train/images"]}
     if plan:
-        settings["plan"] = dataclasses.asdict(plan)
-    elif name != start:
-        settings["levels"] = LENET5_LEVELS
-    return settings
+        return settings | {"plan": asdict(plan)}
+    return settings if name == start else settings | {"levels": LENET5_LEVELS}
 
 
 def _train(name: str) -> store.Arrays:
     build, recipe, number = RUNS[name]
     runs = train(build(), recipe, data.load_mnist().train, range(number))
     history = {f"history/{column}": runs.history[column].to_numpy() for column in runs.history}
-    return store.flat(runs.params, "params") | history
+    return flatten_dict({"params": jax.device_get(runs.params)}, sep="/") | history
 
 
 def _experiment(name: str) -> store.Arrays:
@@ -174,55 +153,47 @@ def _rounds(plan: Plan) -> pd.DataFrame:
         left = _counts(found.kept, axes=2)  # rounds, then seeds: the order of the table's rows
         return pd.concat([found.table, left], axis=1)
 
-    if not plan.one_shot:
-        table = through([100 - level for level in plan.remaining])
-    else:  # after pruning look at the first round, after retraining at the last
-        parts = []
-        for level in plan.remaining:
-            rounds = through([100 - level] * (ROUNDS.index(level) + 1))
-            last = rounds[rounds["round"] == rounds["round"].max()].reset_index(drop=True)
-            parts.append(last.assign(before=rounds.before[: len(last)]))
-        table = pd.concat(parts, ignore_index=True)
+    def at_once(level):  # after pruning look at the first round, after retraining at the last
+        rounds = through([100 - level] * (ROUNDS.index(level) + 1))
+        last = rounds[rounds["round"] == rounds["round"].max()].reset_index(drop=True)
+        return last.assign(before=rounds.before[: len(last)])
+
+    levels = plan.remaining
+    parts = map(at_once, levels) if plan.one_shot else [through([100 - x for x in levels])]
     named = {"recipe": plan.start, "criterion": plan.criterion, "scope": plan.scope}
-    return table.drop(columns=["round", "percent"]).assign(**named)
+    return pd.concat(parts, ignore_index=True).drop(columns=["round", "percent"]).assign(**named)
 
 
 def _counts(kept, axes: int) -> pd.DataFrame:
     """How many entries of each array of a mask are True, one row for each place in leading axes."""
-    return pd.DataFrame(
-        {
-            "/".join(checks.names_of(path)): leaf.sum(tuple(range(axes, leaf.ndim))).ravel()
-            for path, leaf in jax.tree.leaves_with_path(kept)
-        }
-    )
+    arrays = {"/".join(checks.names_of(path)): a for path, a in jax.tree.leaves_with_path(kept)}
+    return pd.DataFrame({k: a.sum(tuple(range(axes, a.ndim))).ravel() for k, a in arrays.items()})
 
 
 def _lenet5_curves() -> pd.DataFrame:
     """LeNet-5 without retraining; "subset" is OBD by the first SUBSET examples."""
     mnist, runs, network = data.load_mnist(), trained("lenet5"), models.lenet5()
+    percents = [100 - level for level in LENET5_LEVELS]
+
+    def curve(params, scores, scope):
+        found = pruning.accuracy_curve(network, params, scores, mnist.test, percents, scope)
+        left = pd.concat([_counts(pruning.mask(scores, p, scope), axes=0) for p in percents])
+        return pd.concat([found.drop(columns="percent"), left.reset_index(drop=True)], axis=1)
 
     def curves(params):
         start = time.perf_counter()
         whole = jax.block_until_ready(hessian_diagonal(network, params, mnist.train))
         seconds = time.perf_counter() - start
         part = hessian_diagonal(network, params, mnist.train.first(SUBSET))
-        scores = {
-            "magnitude": pruning.magnitude(params),
-            "obd": pruning.obd_saliency(params, whole),
-            "subset": pruning.obd_saliency(params, part),
-        }
-        tables = []
-        for criterion, score in scores.items():
-            for scope in pruning.SCOPES:
-                percents = [100 - level for level in LENET5_LEVELS]
-                curve = pruning.accuracy_curve(
-                    network, params, score, mnist.test, percents, scope
-                ).drop(columns="percent")
-                masks = [_counts(pruning.mask(score, p, scope), axes=0) for p in percents]
-                curve = pd.concat([curve, pd.concat(masks, ignore_index=True)], axis=1)
-                named = {"criterion": criterion, "scope": scope, "seconds": seconds}
-                tables.append(curve.assign(recipe="lenet5", **named))
-        return pd.concat(tables, ignore_index=True)
+        scores = {"magnitude": pruning.magnitude(params)}
+        scores |= {"obd": pruning.obd_saliency(params, whole)}
+        scores |= {"subset": pruning.obd_saliency(params, part)}
+        tables = [
+            curve(params, score, scope).assign(criterion=c, scope=scope)
+            for c, score in scores.items()
+            for scope in pruning.SCOPES
+        ]
+        return pd.concat(tables, ignore_index=True).assign(recipe="lenet5", seconds=seconds)
 
     return runs.map(curves)
 

@@ -24,7 +24,7 @@ _LINEAR = set(
     sharding_constraint expand_dims split""".split()
 )
 _PRODUCT = {"mul", "dot_general", "conv_general_dilated"}
-# Constant almost everywhere: comparisons and roundings.
+# Constant almost everywhere.
 _STEPS = set("eq ne lt le gt ge sign floor ceil round argmax argmin is_finite and or not".split())
 
 
@@ -38,14 +38,13 @@ def dependence(forward: Function, params: Any) -> dict[str, int]:
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     found = {}
     for number, path in enumerate(paths):
-        inputs = [LINEAR if i == number else NONE for i in range(len(paths))]
-        outputs = _follow(forward.program, [*inputs, NONE])
-        found[path] = max(outputs)
+        inputs = [LINEAR if i == number else NONE for i in range(len(paths) + 1)]  # and the images
+        found[path] = max(_follow(forward.program, inputs))
     return found
 
 
 def _follow(program: ClosedJaxpr, inputs: list[int]) -> list[int]:
-    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    jaxpr = getattr(program, "jaxpr", program)
     kinds = dict.fromkeys(jaxpr.constvars, NONE) | dict(zip(jaxpr.invars, inputs, strict=True))
 
     def kind(value):
@@ -61,27 +60,16 @@ def _through(equation, inputs: list[int]) -> list[int]:
     name, most, count = equation.primitive.name, max(inputs, default=NONE), len(equation.outvars)
     if most == NONE or name in _STEPS:
         return [NONE] * count
-    if name in _LINEAR:
+    if name in _LINEAR or (name == "div" and inputs[1] == NONE):
         return [most] * count
     if name in _PRODUCT:
-        both = min(inputs) > NONE and len(inputs) == 2
-        return [max(SHARED, most) if both else most] * count
-    if name == "div":
-        return [SMOOTH if inputs[1] > NONE else most]
+        return [max(SHARED, most) if min(inputs) > NONE else most] * count
     inner = [v for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (v := equation.params.get(key))]
-    if name == "scan":
-        return _loop(inner[0], inputs, equation.params["num_consts"], equation.params["num_carry"])
+    if name == "scan":  # what is carried may grow from step to step
+        start = equation.params["num_consts"]
+        place = slice(start, start + equation.params["num_carry"])
+        while inputs[place] != (grown := list(map(max, inputs[place], _follow(inner[0], inputs)))):
+            inputs[place] = grown
     if inner and len(getattr(inner[0], "jaxpr", inner[0]).invars) == len(inputs):
         return _follow(inner[0], inputs)
     return [SMOOTH] * count
-
-
-def _loop(body, inputs, constants, carried) -> list[int]:
-    """A scan: what is carried may grow from step to step, until it does no more."""
-    while True:
-        outputs = _follow(body, inputs)
-        carry = inputs[constants : constants + carried]
-        grown = [max(old, new) for old, new in zip(carry, outputs[:carried], strict=True)]
-        if grown == carry:
-            return outputs
-        inputs = [*inputs[:constants], *grown, *inputs[constants + carried :]]

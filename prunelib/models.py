@@ -5,9 +5,9 @@ plain pytree, ``{"dense1": {"kernel": ..., "bias": ...}, ...}``, that anything m
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +15,25 @@ import numpy as np
 from flax import nnx
 
 from prunelib import checks
+from prunelib.checks import require
 from prunelib.data import scaled
 
 Params = dict[str, dict[str, jax.Array]]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One link of a chain: an NNX module with parameters, or a plain function.
+class Layer(NamedTuple):
+    """One link of a chain: an NNX module with parameters, or a plain function of a batch.
 
-    Attributes
-    ----------
-    name : str or None
-        The layer's key in the params pytree; None for a function, which has no parameters.
-    function : callable
-        A function of a batch, ``[n, ...] -> [n, ...]``, or for a named layer the builder of its
-        module, ``function(rngs=...) -> nnx.Module``.
-    graph, kind : nnx.GraphDef and type, or None
-        The module without its parameters, and its class.
-    shapes : dict or None
-        The shape and dtype of each of its parameters.
-    is_plain : bool
-        Whether it is an `nnx.Linear` or `nnx.Conv` with nothing special about it.
+    `name` is its key in the params, None for a function. `function` is the function, or builds the
+    module, ``function(rngs=...)``; `graph` is the module without its parameters, `shapes` what they
+    are, and `kind` `nnx.Linear` or `nnx.Conv` if it is one with nothing special about it.
     """
 
     name: str | None
     function: Callable
-    graph: nnx.GraphDef | None = None
-    kind: type | None = None
+    graph: Any = None
     shapes: dict | None = None
-    is_plain: bool = False
+    kind: type | None = None
 
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         return self.module(params)(x) if self.name else self.function(x)
@@ -53,16 +42,13 @@ class Layer:
         """The layer's NNX module, holding its share of `params`."""
         return nnx.merge(self.graph, params[self.name])
 
-    # Two layers are the same if they compute the same thing; a builder is only a recipe.
-    def __eq__(self, other):
-        return isinstance(other, Layer) and self._key == other._key
-
-    def __hash__(self):
-        return hash(self._key)
-
     @property
-    def _key(self):
-        return (self.name, self.graph) if self.name else (self.function,)
+    def fixed(self) -> Hashable | None:
+        """What the layer computes, if that cannot change: a plain module, a library's function."""
+        home = getattr(self.function, "__module__", None) or ""
+        named = home.split(".")[0] in ("jax", "prunelib") and hasattr(self.function, "__name__")
+        plain, ours = (self.name, self.graph) if self.kind else None, self.function if named else None
+        return plain if self.name else ours
 
 
 def dropout_here(x: jax.Array) -> jax.Array:
@@ -73,41 +59,24 @@ def dropout_here(x: jax.Array) -> jax.Array:
 class Network:
     """A chain of layers with pure `init` and `apply`.
 
-    Parameters
-    ----------
-    layers : sequence
-        Each entry is a function of a batch (an activation, a pooling, `dropout_here`), or a pair
-        ``(name, builder)`` where ``builder(rngs=...)`` makes an NNX module such as `nnx.Linear`.
-        Names must be in alphabetical order, so that the leaves of the params pytree stand in the
-        order of the layers.
+    Each of `layers` is a function of a batch (an activation, a pooling, `dropout_here`), or a pair
+    ``(name, builder)`` where ``builder(rngs=...)`` makes an NNX module such as `nnx.Linear`. Names
+    are in alphabetical order, so that the leaves of the params stand in the order of the layers.
+    Raises ValueError if names are not, TypeError if a layer holds state besides its parameters
+    (batch normalization, `nnx.Dropout`).
 
-    Raises
-    ------
-    ValueError
-        If names repeat or are not in alphabetical order.
-    TypeError
-        If a layer holds state besides its parameters (batch normalization, `nnx.Dropout`).
-
-    Examples
-    --------
-    >>> from functools import partial
-    >>> import jax
-    >>> from flax import nnx
     >>> net = Network([("dense1", partial(nnx.Linear, 3, 4)), jax.nn.tanh,
     ...                ("dense2", partial(nnx.Linear, 4, 2))])
-    >>> params = net.init(jax.random.key(0))
-    >>> net.apply(params, jax.numpy.ones((5, 3))).shape
+    >>> net.apply(net.init(jax.random.key(0)), jnp.ones((5, 3))).shape
     (5, 2)
     """
 
     def __init__(self, layers: Sequence[Callable | tuple[str, Callable]]):
         self.layers = tuple(_layer(entry) for entry in layers)
-        names = [layer.name for layer in self.layers if layer.name]
-        if names != sorted(set(names)):
-            raise ValueError(
+        names = list(self.shapes)
+        require(names == sorted(set(names)) and len(names) == sum(bool(x.name) for x in self.layers),
                 f"layers: names must be distinct and in alphabetical order, got {names}; "
-                "rename them (dense01, dense02, ...)"
-            )
+                "rename them (dense01, dense02, ...)")  # fmt: skip
 
     @property
     def shapes(self) -> Params:
@@ -116,26 +85,20 @@ class Network:
 
     @property
     def is_chain(self) -> bool:
-        """Whether `apply` is what the layers say: not that of a subclass, or of a changed object."""
+        """Whether `apply` is what the layers say: not a subclass's, nor a changed object's."""
         return type(self).apply is Network.apply and "apply" not in vars(self)
 
     @property
     def fixed(self) -> Hashable | None:
-        """The layers, if what they compute cannot change: plain ones, and functions of libraries."""
-        plain = all(
-            layer.is_plain if layer.name else _is_of_a_library(layer.function)
-            for layer in self.layers
-        )
-        return self.layers if plain and self.is_chain else None
+        """What tells the network from others, if what it computes cannot change."""
+        layers = tuple(layer.fixed for layer in self.layers)
+        return layers if self.is_chain and None not in layers else None
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters from a random key, as a nested dict of arrays."""
         rngs = nnx.Rngs(key)
-        return {
-            layer.name: nnx.to_pure_dict(nnx.state(layer.function(rngs=rngs), nnx.Param))
-            for layer in self.layers
-            if layer.name
-        }
+        modules = {layer.name: layer.function(rngs=rngs) for layer in self.layers if layer.name}
+        return {n: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for n, module in modules.items()}
 
     def apply(
         self, params: Params, images: jax.Array, *, keep: float = 1.0, key: jax.Array | None = None
@@ -144,24 +107,12 @@ class Network:
 
         Grey values (uint8) are scaled to [0, 1]. Dropout is off unless a random `key` is given:
         then each activation at `dropout_here` is kept with probability `keep`, and divided by
-        `keep`.
-
-        Raises
-        ------
-        ValueError
-            If network, params and images do not fit together, or `keep` is not in (0, 1].
+        `keep`. Raises ValueError if network, params and images do not fit together.
         """
-        if not 0 < keep <= 1:
-            raise ValueError(
-                f"keep: expected a probability in (0, 1], got {keep!r}; 1 is no dropout"
-            )
-        names = [layer.name for layer in self.layers if layer.name]
+        require(0 < keep <= 1, f"keep: expected a probability in (0, 1], got {keep!r}")
         found = sorted(params) if hasattr(params, "keys") else type(params).__name__
-        if found != names:
-            raise ValueError(
-                f"params: the network's layers are {names}, got {found}; "
-                "pass what this network's init returned"
-            )
+        require(found == list(self.shapes), f"params: expected those of {list(self.shapes)}, got "
+                f"{found}; pass what this network's init returned")  # fmt: skip
         x = scaled(images)
         for number, layer in enumerate(self.layers):
             try:
@@ -169,8 +120,8 @@ class Network:
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"images, params: layer {number}, {layer.name or layer.function}, cannot take "
-                    f"an input of shape {x.shape} with its params ({error}); "
-                    "pass images and params of the shapes that the network was made for"
+                    f"an input of shape {x.shape} with its params ({error}); pass what the network "
+                    "was made for"
                 ) from error
             if key is not None and layer.function is dropout_here:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
@@ -178,29 +129,20 @@ class Network:
         return x
 
 
-def _is_of_a_library(function) -> bool:
-    """Whether a function is a module's own, of JAX or of this package, so that it stays itself."""
-    home = getattr(function, "__module__", "") or ""
-    return home.split(".")[0] in ("jax", "prunelib") and hasattr(function, "__name__")
-
-
 def _layer(entry) -> Layer:
     if callable(entry):
         return Layer(None, entry)
-    if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[1])):
-        raise TypeError(
-            f"layers: expected a function of a batch, or (name, builder), got {entry!r}; "
-            "for instance ('dense1', partial(nnx.Linear, 784, 50))"
-        )
+    pair = isinstance(entry, tuple) and len(entry) == 2 and callable(entry[1])
+    require(pair, f"layers: expected a function of a batch, or (name, builder), got {entry!r}; "
+            "for instance ('dense1', partial(nnx.Linear, 784, 50))", TypeError)  # fmt: skip
     name, builder = entry
     module = nnx.eval_shape(lambda: builder(rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(module, nnx.Param, ...)
-    if jax.tree.leaves(rest):
-        raise TypeError(
-            f"layers: {name!r}, {type(module).__name__}, holds state besides its parameters, and "
-            "a layer here is a pure function of those; leave it out, or write a function instead"
-        )
-    return Layer(name, builder, graph, type(module), nnx.to_pure_dict(params), _is_plain(module))
+    require(not jax.tree.leaves(rest), f"layers: {name!r}, {type(module).__name__}, holds state "
+            "besides its parameters, and a layer here is a pure function of those; leave it out, "
+            "or write a function instead", TypeError)  # fmt: skip
+    kind = type(module) if _is_plain(module) else None
+    return Layer(name, builder, graph, nnx.to_pure_dict(params), kind)
 
 
 def _is_plain(module) -> bool:
@@ -222,25 +164,17 @@ def _is_plain(module) -> bool:
 
 
 def mlp(
-    widths: Sequence[int] = (784, 50, 50, 50, 50, 10),
-    activation: Callable = jax.nn.relu,
+    widths: Sequence[int] = (784, 50, 50, 50, 50, 10), activation: Callable = jax.nn.relu
 ) -> Network:
     """A fully connected network; by default that of the 2016 study (47,410 variables).
 
-    Weights start as He's normals, biases at zero (a recipe may ask for another start). Dropout,
-    when training asks for it, follows each hidden layer.
-
-    Raises
-    ------
-    ValueError
-        If `widths` are not at least two positive integers.
+    He initialisation, biases at zero (a recipe may ask for another start). Dropout, when training
+    asks for it, follows each hidden layer. `widths`: inputs first, classes last.
     """
     widths = tuple(widths)
-    if len(widths) < 2 or not all(isinstance(w, int | np.integer) and w > 0 for w in widths):
-        raise ValueError(
-            f"widths: expected at least two positive integers, got {widths}; "
-            "the inputs come first, the classes last"
-        )
+    require(len(widths) > 1, f"widths: expected inputs, ..., classes, got {widths}")
+    for width in widths:
+        checks.whole("widths", width)
     linear = partial(nnx.Linear, kernel_init=jax.nn.initializers.he_normal())
     digits = len(str(len(widths) - 1))  # dense01 where there are ten: names are in order
     layers = []
@@ -279,74 +213,45 @@ def convolve(x, kernel, window_strides, padding, *, precision=None, **options) -
     is some thirty times faster than that of XLA's own convolution.
     """
     steps = (*window_strides, *options.get("lhs_dilation", ()), *options.get("rhs_dilation", ()))
-    if {*steps, options.get("feature_group_count", 1)} != {1} or padding != "VALID":
-        raise ValueError(
-            f"convolve: only steps of 1, no padding, no dilation, one group, got {window_strides}, "
-            f"{padding!r}, {options}; leave nnx.Conv its own conv_general_dilated"
-        )
+    simple = {*steps, options.get("feature_group_count", 1)} == {1} and padding == "VALID"
+    require(simple, f"convolve: only steps of 1, no padding, no dilation, one group, got "
+            f"{window_strides}, {padding!r}, {options}; leave nnx.Conv its own")  # fmt: skip
     kh, kw, _, out = kernel.shape
     height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
     patches = [x[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
-    return jnp.matmul(
-        jnp.concatenate(patches, axis=-1), kernel.reshape(-1, out), precision=precision
-    )
+    patches = jnp.concatenate(patches, axis=-1)
+    return jnp.matmul(patches, kernel.reshape(-1, out), precision=precision)
 
 
 def lenet5() -> Network:
-    """LeNet-5 in the form that Han et al. (2015) prune: the Caffe one, 431,080 variables.
+    """LeNet-5 as Han et al. (2015) prune it: the Caffe one, 431,080 variables.
 
-    Two 5x5 convolutions (20 and 50 filters, no padding), each followed by 2x2 max-pooling, then
-    dense layers of 500 and 10 units; one ReLU, after the first dense layer.
+    Two 5x5 convolutions (20 and 50 filters, no padding), each with 2x2 max-pooling, then dense
+    layers of 500 and 10 units; one ReLU, after the first dense layer.
     """
-    he = jax.nn.initializers.he_normal()
-    options = dict(kernel_init=he, conv_general_dilated=convolve)
-    conv = partial(nnx.Conv, kernel_size=(5, 5), padding="VALID", **options)
+    he = {"kernel_init": jax.nn.initializers.he_normal()}
+    conv = partial(nnx.Conv, kernel_size=(5, 5), padding="VALID", conv_general_dilated=convolve)
+    dense1, dense2 = partial(nnx.Linear, 800, 500, **he), partial(nnx.Linear, 500, 10, **he)
+    conv1, conv2 = partial(conv, 1, 20, **he), partial(conv, 20, 50, **he)
     return Network(
-        [
-            as_picture,
-            ("conv1", partial(conv, 1, 20)),
-            max_pool,
-            ("conv2", partial(conv, 20, 50)),
-            max_pool,
-            flatten,
-            ("dense1", partial(nnx.Linear, 800, 500, kernel_init=he)),
-            jax.nn.relu,
-            dropout_here,
-            ("dense2", partial(nnx.Linear, 500, 10, kernel_init=he)),
-        ]
-    )
-
-
-# The order of the 2016 checkpoints --------------------------------------------------------------
+        [as_picture, ("conv1", conv1), max_pool, ("conv2", conv2), max_pool, flatten,
+         ("dense1", dense1), jax.nn.relu, dropout_here, ("dense2", dense2)]
+    )  # fmt: skip
 
 
 def params_from_flat(flat: np.ndarray, network: Network | None = None) -> Params:
-    """A params pytree from one flat vector in the order of the 2016 checkpoints.
+    """A params pytree from one vector ``[p]`` in the order of the 2016 checkpoints.
 
-    Parameters
-    ----------
-    flat : array ``[p]``
-        All weights, layer by layer (``W_1, W_2, W_3, W_4, W_final``), then all biases in the same
-        order; each matrix row by row, ``[inputs, outputs]``.
-    network : Network, optional
-        The network the vector belongs to; by default that of the 2016 study.
-
-    Raises
-    ------
-    ValueError
-        If `flat` is not a vector of the network's size.
-    TypeError, FloatingPointError
-        If its numbers are not floating-point, or not finite.
+    All weights, layer by layer (``W_1, W_2, W_3, W_4, W_final``), then all biases in the same
+    order; each matrix row by row, ``[inputs, outputs]``. By default of the study's network. Raises
+    ValueError, TypeError or FloatingPointError for another size, other types, or NaN.
     """
     shapes = (mlp() if network is None else network).shapes
     order = _flat_order(shapes)
     sizes = [shapes[name][kind].size for name, kind in order]
     checks.params(flat, "flat")
-    if np.shape(flat) != (sum(sizes),):
-        raise ValueError(
-            f"flat: expected a vector of {sum(sizes)} numbers, got shape {np.shape(flat)}; "
-            "concatenate all weights, then all biases"
-        )
+    right = np.shape(flat) == (sum(sizes),)
+    require(right, f"flat: expected {sum(sizes)} numbers, got shape {np.shape(flat)}")
     parts = jnp.split(jnp.asarray(flat), np.cumsum(sizes)[:-1])
     params = {name: {} for name in shapes}
     for (name, kind), part in zip(order, parts, strict=True):

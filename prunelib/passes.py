@@ -5,8 +5,7 @@ And what it is given: the loss, and networks as `jit` should know them, by what 
 
 import re
 from collections.abc import Callable, Hashable, Iterator
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +15,23 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prunelib import checks
+from prunelib.checks import require
 from prunelib.data import Examples, scaled
-
-FLOATS_IN_MEMORY = 2**24  # what a batch may take by default: 64 MB in float32
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The loss of each example, ``[n, classes], [n] -> [n]``, in nats, from logits.
 
     Never ``log(softmax(z))``: where a probability underflows to 0, that is minus infinity, and
-    times a label of 0 it is NaN.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not match, or (outside `jit`) a label is not a class.
-    FloatingPointError
-        If a logit is NaN or infinite (not seen inside `jit`).
+    times a label of 0 it is NaN. Raises ValueError if shapes do not match, or (outside `jit`) a
+    label is no class; FloatingPointError if a logit is not finite.
     """
-    if np.ndim(logits) != 2 or np.shape(labels) != np.shape(logits)[:1]:
-        raise ValueError(
-            f"logits, labels: expected shapes [n, classes] and [n], got {np.shape(logits)} and "
-            f"{np.shape(labels)}; give one integer label for each row of logits"
-        )
+    good = np.ndim(logits) == 2 and np.shape(labels) == np.shape(logits)[:1]
+    require(good, f"logits, labels: expected shapes [n, classes] and [n], got {np.shape(logits)} "
+            f"and {np.shape(labels)}; give one integer label for each row of logits")  # fmt: skip
     checks.labels(labels, logits.shape[1])
     checks.finite("logits", logits)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-# Functions as jit should know them ---------------------------------------------------------------
 
 
 class Function:
@@ -53,12 +40,7 @@ class Function:
     `jit` keeps one compiled program for each static argument. A reader's function stays the same
     object when a global or an attribute that it reads changes, and `jit` would go on running the
     old program. This stands for it instead, and is another one when it computes something else.
-
-    Attributes
-    ----------
-    function : callable
-    program : ClosedJaxpr
-        The function as JAX traces it, for two examples.
+    `program` is the function as JAX traces it, for two examples; `origin` what the reader passed.
     """
 
     def __init__(self, function: Callable, program: ClosedJaxpr, key: Hashable, origin: Any):
@@ -77,16 +59,9 @@ class Function:
 def forward(network: Any, params: Any, examples: Examples) -> Function:
     """A network's ``(params, images) -> logits`` for images as they are kept; checks all three.
 
-    Grey values are scaled, and logits are at least float32 (their losses need it).
-
-    Parameters
-    ----------
-    network : Network, object with such an `apply`, or a function ``(params, images) -> logits``
-
-    Raises
-    ------
-    ValueError, TypeError, FloatingPointError
-        For params, images or labels that make no sense, alone or together; see `checks`.
+    `network` is any object with such an `apply`, or the function itself. Grey values are scaled,
+    and logits are at least float32 (their losses need it). Raises ValueError, TypeError or
+    FloatingPointError for params, images or labels that make no sense, alone or together.
     """
     apply = checks.network(network)
     checks.params(params)
@@ -97,75 +72,54 @@ def forward(network: Any, params: Any, examples: Examples) -> Function:
     def from_pixels(params, images):
         params = jax.tree.map(lambda w, aval: w.astype(aval.dtype), params, avals)
         logits = apply(params, scaled(images))
-        wide = jnp.issubdtype(getattr(logits, "dtype", bool), jnp.floating)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) if wide else logits
+        if not jnp.issubdtype(getattr(logits, "dtype", bool), jnp.floating):
+            return logits  # refused below
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
     fixed = getattr(network, "fixed", None)  # a models.Network of nothing that could change
     leaves, structure = jax.tree.flatten((avals, two))
-    shapes = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    known = fixed and (fixed, structure, *((x.shape, str(x.dtype)) for x in leaves))
     try:
-        if fixed is not None:
-            found, shape = _traced_once(fixed, _Hidden(from_pixels, (avals, two)), shapes)
-        else:
-            found, shape = jax.make_jaxpr(from_pixels, return_shape=True)(avals, two)
+        traced = _TRACED.get(known) or jax.make_jaxpr(from_pixels, return_shape=True)(avals, two)
     except Exception as error:
         raise ValueError(
-            f"network, params, examples: the network cannot take images of shape "
-            f"{tuple(two.shape[1:])} with these params ({error}); "
-            "use params that this network.init made, and images of the shape it was made for"
+            f"network, params, examples: the network cannot take images of shape {two.shape[1:]} "
+            f"with these params ({error}); use params and images that it was made for"
         ) from error
+    program, shape = traced
     checks.logits(shape, examples)
-    key = (fixed, shapes) if fixed is not None else _content(found)
-    return Function(from_pixels, found, key, network)
+    if known:
+        _TRACED[known] = traced
+    return Function(from_pixels, program, known or _content(program), network)
+
+
+_TRACED: dict[Hashable, tuple] = {}  # of fixed networks
 
 
 def known_loss(loss: Callable, forward: Function) -> Callable:
-    """A loss as jit should know it; raises TypeError or ValueError if it is no loss of each one."""
+    """A loss as jit should know it; raises ValueError if it gives no loss for each example."""
     if loss is cross_entropy:
         return loss
     (logits,) = forward.program.out_avals
-    one = jax.ShapeDtypeStruct(logits.shape, logits.dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
     try:
-        program, shape = jax.make_jaxpr(loss, return_shape=True)(*one)
-    except Exception as error:
-        raise ValueError(
-            f"loss: it cannot take logits {logits.shape} and labels (2,) ({error}); "
-            "pass a function of both, written with jax.numpy for any number of examples"
-        ) from error
-    if getattr(shape, "shape", None) != (2,):
-        raise ValueError(
-            f"loss: expected one loss for each of two examples, shape (2,), got "
-            f"{getattr(shape, 'shape', shape)}; leave the mean to this package"
+        program, shape = jax.make_jaxpr(loss, return_shape=True)(
+            jax.ShapeDtypeStruct(logits.shape, logits.dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
         )
+        good = shape.shape == (2,)
+    except Exception as error:
+        program, good, shape = None, False, error
+    require(good, f"loss: expected a function of logits {logits.shape} and labels (2,) that gives "
+            f"two losses, got {shape}; leave the mean to this package")  # fmt: skip
     return Function(loss, program, _content(program), loss)
-
-
-class _Hidden(NamedTuple):
-    """A function and its inputs, equal to all others: the other arguments tell what it is."""
-
-    function: Callable
-    inputs: tuple
-
-    def __eq__(self, other):
-        return True
-
-    def __hash__(self):
-        return 0
-
-
-@lru_cache(maxsize=256)
-def _traced_once(fixed, hidden, shapes):
-    return jax.make_jaxpr(hidden.function, return_shape=True)(*hidden.inputs)
 
 
 def _content(program: ClosedJaxpr) -> Hashable:
     """What tells one program from another: its text, and the constants that the text leaves out."""
-    constants = []
-    for value in _constants(program):
-        if isinstance(value, jax.core.Tracer):
-            return object()  # not known yet: like nothing else
-        constants.append((str(value.dtype), value.shape, np.asarray(value).tobytes()))
-    return re.sub(" at 0x[0-9a-f]+", "", str(program)), tuple(constants)
+    values = list(_constants(program))
+    if checks.is_traced(values):
+        return object()  # not known yet: like nothing else
+    constants = tuple((str(v.dtype), v.shape, np.asarray(v).tobytes()) for v in values)
+    return re.sub(" at 0x[0-9a-f]+", "", str(program)), constants
 
 
 def equations(program: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
@@ -189,16 +143,10 @@ def _constants(program: ClosedJaxpr) -> Iterator[Any]:
 
 
 def default_batch(forward: Function, parts: int, each: int = 0) -> int:
-    """How many examples of a forward pass fit into FLOATS_IN_MEMORY, with `parts` such passes.
-
-    `each` floats more are needed for each example (a gradient, say).
-    """
+    """How many examples of `parts` forward passes, and `each` floats more, are 64 MB in float32."""
     sizes = (np.prod(out.aval.shape) for e in equations(forward.program) for out in e.outvars)
     floats = parts * sum(sizes) / 2 + each  # the program is that of two examples
-    return int(np.clip(FLOATS_IN_MEMORY // max(1, floats), 1, 2500))
-
-
-# The pass ----------------------------------------------------------------------------------------
+    return int(np.clip(2**24 // max(1, floats), 1, 2500))
 
 
 def mean_over_batches(
@@ -208,17 +156,10 @@ def mean_over_batches(
 
     The weights are 1/n for each of the n examples, and 0 for the copies of the last example that
     fill the last batch; so a function that sums ``weights * (something per example)`` gets the
-    exact mean over the data, whatever the batch size. What rounding adds to the sum of one batch
-    is taken off the next (Kahan's compensated summation), so thousands of small batches are as
-    exact as one. To be called inside `jit`.
-
-    Examples that are spread over the devices of a mesh (`data.place`) stay where they are: each
-    batch takes as many from each device, and only sums travel between them.
-
-    Raises
-    ------
-    ValueError
-        If `batch_size` is less than 1.
+    exact mean over the data, whatever the batch size. What rounding adds to one sum is taken off
+    the next (Kahan), so thousands of small batches are as exact as one. To be called inside `jit`.
+    Examples that are spread over a mesh (`data.place`) stay where they are: each batch takes as
+    many from each device, and only sums travel.
     """
     checks.whole("batch_size", batch_size)
     n, mesh = len(examples.labels), jax.typeof(examples.images).sharding.mesh

@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 
 from prunelib import checks
+from prunelib.checks import require
 from prunelib.data import Examples, count
 from prunelib.passes import cross_entropy, default_batch, forward, mean_over_batches
 
 SCOPES = ("all", "layer")
-
-# Scores ------------------------------------------------------------------------------------------
 
 
 def magnitude(params: Any) -> Any:
@@ -34,25 +33,16 @@ def obd_saliency(params: Any, diagonal: Any) -> Any:
     """``s_k = ½ h_kk w_k²``, in nats: the predicted rise of the loss when w_k goes to zero.
 
     Source: equation 3, and step 4 of the procedure, in LeCun, Denker, Solla, "Optimal Brain
-    Damage", 1990. `diagonal` is the diagonal of the Hessian, shaped like `params`.
-
-    Raises
-    ------
-    ValueError
-        If the two pytrees differ in structure or shapes.
-    FloatingPointError
-        If the diagonal has NaN or infinite entries, or is zero everywhere: a ranking of equal
-        scores is the order of the indices, and says nothing about the parameters. Or if a score
-        overflows.
+    Damage", 1990. `diagonal` is the Hessian's, shaped like `params`; ValueError if it is not.
+    Raises FloatingPointError if it (or a score) is not finite, or zero everywhere: a ranking of
+    equal scores is the order of the indices, and says nothing about the parameters.
     """
     checks.params(params)
     checks.params(diagonal, "diagonal")
     diagonal = checks.like("diagonal", diagonal, "params", params)
-    if not checks.is_traced(diagonal) and not any(map(np.any, jax.tree.leaves(diagonal))):
-        raise FloatingPointError(
-            "diagonal: every entry is exactly zero, so that nothing would be ranked; "
-            "if the loss is below rounding, compute in float64, or rank by magnitude"
-        )
+    some = checks.is_traced(diagonal) or any(map(np.any, jax.tree.leaves(diagonal)))
+    require(some, "diagonal: every entry is exactly zero, so that nothing would be ranked; if the "
+            "loss is below rounding, use float64, or magnitude", FloatingPointError)  # fmt: skip
 
     def saliency(w, h):
         dtype = jnp.promote_types(jnp.result_type(w, h), jnp.float32)  # at least
@@ -65,10 +55,8 @@ def random_scores(key: jax.Array, params: Any) -> Any:
     """Uniform random scores, the baseline that any criterion must beat; shaped like `params`."""
     checks.params(params)
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [jax.random.uniform(k, w.shape) for k, w in zip(keys, leaves, strict=True)]
-    )
+    keys = structure.unflatten(jax.random.split(key, len(leaves)))
+    return jax.tree.map(lambda w, key: jax.random.uniform(key, w.shape), params, keys)
 
 
 def weights_only(params: Any) -> Any:
@@ -77,54 +65,48 @@ def weights_only(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: checks.names_of(path)[-1:] != ("bias",), params)
 
 
-# Ranking and masks -------------------------------------------------------------------------------
-
-
 def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
     """The place of each entry in the order of pruning, 0 for the lowest score.
 
-    Parameters
-    ----------
     scores : pytree of real arrays
-    scope : {"all", "layer"}
-        "all" ranks the whole pytree in one order; "layer" ranks each array by itself, as in 2016
-        (a layer's weights and its biases are two arrays).
-    prunable : pytree of bool, optional
-        One for each leaf; a leaf with False is never pruned (see `weights_only`).
+    scope : "all" ranks the whole pytree in one order; "layer" ranks each array by itself, as in
+        2016 (a layer's weights and its biases are two arrays)
+    prunable : pytree of bool, one a leaf; a leaf with False is never pruned (`weights_only`)
 
-    Returns
-    -------
-    pytree of int32
-        Shaped like `scores`. Equal scores are ranked in the order of ``jax.tree.leaves`` (dict
-        keys sorted), and row by row within an array. On a CPU, scores below the smallest normal
-        number (1.2e-38 in float32) count as zero, and so as equal.
-
-    Raises
-    ------
-    ValueError, TypeError, FloatingPointError
-        For an unknown scope, a `prunable` of another structure, or scores that are not finite
-        real numbers: NaN has no place in any order.
+    Returns int32, shaped like `scores`. Equal scores are ranked in the order of
+    ``jax.tree.leaves`` (dict keys sorted), and row by row within an array. On a CPU, scores below
+    the smallest normal number (1.2e-38 in float32) count as zero, and so as equal. Raises
+    ValueError, TypeError or FloatingPointError for an unknown scope, a `prunable` of another
+    structure, or scores that are not finite real numbers: NaN has no place in any order.
     """
-    free = _checked(scores, scope, prunable)
-    return places(scores, scope, free)
+    return places(scores, scope, _checked(scores, scope, prunable))
+
+
+def _checked(scores, scope, prunable) -> tuple[bool, ...]:
+    """For each leaf whether it may be pruned, if all arguments make sense."""
+    checks.one_of("scope", scope, SCOPES)
+    checks.scores(scores)
+    leaves, structure = jax.tree.flatten(scores)
+    free, found = jax.tree.flatten(scores if prunable is None else prunable)
+    free = [True] * len(leaves) if prunable is None else free
+    good = found == structure and all(isinstance(f, bool | np.bool_) for f in free)
+    require(good, f"prunable: expected a bool for each leaf of scores, got {prunable}")
+    return tuple(map(bool, free))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def places(scores: Any, scope: str, free: tuple[bool, ...] | None = None) -> Any:
-    """`ranks` without its checks, for use inside `jit`; `free` has a bool for each leaf."""
+def places(scores: Any, scope: str, free: tuple[bool, ...]) -> Any:
+    """`ranks` without its checks; `free` has a bool for each leaf."""
     leaves, structure = jax.tree.flatten(scores)
-    free = free or (True,) * len(leaves)
     if scope == "layer":
         return structure.unflatten([_order(leaf.ravel()).reshape(leaf.shape) for leaf in leaves])
     chosen = [leaf.ravel() for leaf, f in zip(leaves, free, strict=True) if f]
     order = _order(jnp.concatenate(chosen)) if chosen else None
     ranked, start = [], 0
-    for leaf, is_free in zip(leaves, free, strict=True):
-        if is_free:
-            ranked.append(order[start : start + leaf.size].reshape(leaf.shape))
-            start += leaf.size
-        else:
-            ranked.append(jnp.zeros(leaf.shape, jnp.int32))
+    for leaf, f in zip(leaves, free, strict=True):
+        part = order[start : start + leaf.size] if f else jnp.zeros(leaf.size, jnp.int32)
+        ranked.append(part.reshape(leaf.shape))
+        start += leaf.size * f
     return structure.unflatten(ranked)
 
 
@@ -133,29 +115,13 @@ def _order(scores: jax.Array) -> jax.Array:
     return jnp.zeros_like(numbers).at[jnp.argsort(scores, stable=True)].set(numbers)
 
 
-def _checked(scores, scope, prunable) -> tuple[bool, ...]:
-    """For each leaf whether it may be pruned, if all arguments make sense."""
-    checks.one_of("scope", scope, SCOPES)
-    checks.scores(scores)
-    leaves, structure = jax.tree.flatten(scores)
-    if prunable is None:
-        return (True,) * len(leaves)
-    free, found = jax.tree.flatten(prunable)
-    if found != structure or not all(isinstance(f, bool | np.bool_) for f in free):
-        raise ValueError(
-            f"prunable: expected one bool for each leaf of scores, {structure}, got {prunable}; "
-            "make it as weights_only(params) does"
-        )
-    return tuple(map(bool, free))
-
-
-def limits(scores: Any, percent: float, scope: str, free: tuple[bool, ...] | None = None) -> Any:
+def limits(scores: Any, percent: float, scope: str, free: tuple[bool, ...]) -> Any:
     """For each leaf, the rank below which its entries go: ``floor(percent · n / 100)``, exactly.
 
     n counts all leaves together (scope "all") or each by itself (scope "layer").
     """
     leaves, structure = jax.tree.flatten(scores)
-    sizes = [leaf.size * f for leaf, f in zip(leaves, free or (True,) * len(leaves), strict=True)]
+    sizes = [leaf.size * f for leaf, f in zip(leaves, free, strict=True)]
     if scope == "all":
         sizes = [sum(sizes) * (size > 0) for size in sizes]
     exact = checks.percent(percent)
@@ -165,18 +131,10 @@ def limits(scores: Any, percent: float, scope: str, free: tuple[bool, ...] | Non
 def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) -> Any:
     """Which entries stay when the lowest `percent` of the scores go.
 
-    Parameters and errors are those of `ranks`; `percent` is from 0 to 100. Of n prunable entries
-    ``floor(percent · n / 100)`` go. Masks nest: what is pruned at one level is pruned at every
-    higher one.
+    A pytree of bool shaped like `scores`, True = kept. Of n prunable entries
+    ``floor(percent · n / 100)`` go, percent from 0 to 100, so what is pruned at one level is
+    pruned at every higher one. Parameters and errors are those of `ranks`.
 
-    Returns
-    -------
-    pytree of bool
-        Shaped like `scores`; True = kept.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp
     >>> mask({"w": jnp.array([0.3, 0.1, 0.2, 0.4])}, percent=50)["w"].tolist()
     [True, False, False, True]
     """
@@ -186,24 +144,15 @@ def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) 
 
 
 def apply_mask(params: Any, kept: Any) -> Any:
-    """A copy of `params` with zeros where the mask is False.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If the two pytrees differ in structure or shapes, or `kept` holds anything but booleans.
-    """
+    """A copy of `params` with zeros where the mask is False; ValueError if they do not match."""
     checks.params(params)
     checks.booleans(kept)
     return masked(params, checks.like("kept", kept, "params", params))
 
 
 def masked(params: Any, kept: Any) -> Any:
-    """`apply_mask` without its checks, for use inside `jit`."""
+    """`apply_mask` without its checks."""
     return jax.tree.map(lambda w, k: jnp.where(k, w, jnp.zeros_like(w)), params, kept)
-
-
-# Accuracy ----------------------------------------------------------------------------------------
 
 
 class Measure(NamedTuple):
@@ -214,13 +163,7 @@ class Measure(NamedTuple):
 
 
 def evaluate(network, params: Any, examples: Examples, batch_size: int | None = None) -> Measure:
-    """Accuracy and mean loss of a network over all `examples`, as two floats.
-
-    Raises
-    ------
-    ValueError, TypeError, FloatingPointError
-        See `passes.forward`. And TypeError inside `jit`, where there are no floats.
-    """
+    """Accuracy and mean loss over all `examples`, as two floats; errors as `passes.forward`."""
     checks.concrete("params, examples", (params, tuple(examples)))
     logits = forward(network, params, examples)
     size = batch_size or default_batch(logits, 1)
@@ -240,43 +183,22 @@ def _evaluate(logits, batch_size, params, examples):
 
 
 def accuracy_curve(
-    network,
-    params: Any,
-    scores: Any,
-    examples: Examples,
-    percents: Iterable[float] = range(0, 100),
-    scope: str = "all",
-    prunable: Any = None,
-    batch_size: int | None = None,
-) -> pd.DataFrame:
+    network, params: Any, scores: Any, examples: Examples, percents: Iterable[float] = range(100),
+    scope: str = "all", prunable: Any = None, batch_size: int | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Accuracy and loss over all `examples`, with the lowest scores pruned, level by level.
 
     One compiled program serves every level, criterion, scope and set of weights. No retraining:
     each level starts from `params`.
 
-    Parameters
-    ----------
-    scores : pytree
-        Shaped like `params`; the lowest go first. See `ranks` for `scope` and `prunable`.
-    percents : iterable of numbers
-        The levels, percent pruned, each from 0 to 100, in any order.
-    batch_size : int, optional
-        Examples in memory at a time; the result does not depend on it.
+    scores : pytree shaped like `params`; the lowest go first (`ranks` tells `scope`, `prunable`)
+    percents : the levels, percent pruned, each from 0 to 100, in any order
 
-    Returns
-    -------
-    DataFrame
-        One row a level: `percent` pruned, `remaining` (100 minus that), `accuracy` (a fraction)
-        and `loss` (in nats).
-
-    Raises
-    ------
-    ValueError, TypeError, FloatingPointError
-        See `ranks` and `passes.forward`; and if `percents` is empty.
+    Returns a DataFrame, one row a level: `percent` pruned, `remaining` (100 minus that),
+    `accuracy` (a fraction) and `loss` (nats). Errors are those of `ranks` and `passes.forward`.
     """
     levels = list(percents)
-    if not levels:
-        raise ValueError("percents: there are none; pass for instance range(0, 100)")
+    require(levels, "percents: there are none; pass for instance range(0, 100)")
     checks.concrete("params, scores, examples", (params, scores, tuple(examples)))
     logits = forward(network, params, examples)
     scores = checks.like("scores", scores, "params", params)

@@ -11,6 +11,7 @@ import optax
 import pandas as pd
 
 from prunelib import checks, pruning
+from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples, collected
 from prunelib.training import Recipe, fit
@@ -22,31 +23,14 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
     To be put *after* the optimizer: it replaces the update of each pruned parameter by ``-w``, so
     that no momentum, which still moves a parameter whose gradient is zero, revives anything.
 
-    Parameters
-    ----------
-    kept : pytree of bool
-        Shaped like params, False = pruned; wrappers, such as Flax's Variables, may differ.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `kept` holds anything but booleans; at `update`, if it is given no params, or `kept` is
-        not shaped like them.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp, optax
-    >>> optimizer = optax.chain(optax.adam(0.1), keep_pruned(jnp.array([True, False])))
-    >>> params = jnp.array([1.0, 0.0])
-    >>> updates, _ = optimizer.update(jnp.ones(2), optimizer.init(params), params)
-    >>> optax.apply_updates(params, updates).tolist()[1]
-    0.0
+    `kept` is shaped like params, False = pruned; wrappers, such as Flax's Variables, may differ.
+    Raises TypeError if it holds anything but booleans; at `update`, ValueError if it is given no
+    params, or `kept` is not shaped like them.
     """
     checks.booleans(kept)
 
     def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("params: keep_pruned needs them; call update(gradient, state, params)")
+        require(params is not None, "params: keep_pruned needs update(gradient, state, params)")
         mask = checks.like("kept", kept, "updates", updates)
         params = checks.like("params", params, "updates", updates)
         return jax.tree.map(lambda k, u, w: jnp.where(k, u, -w), mask, updates, params), state
@@ -54,13 +38,11 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _obd(network, params, examples, key):
-    return pruning.obd_saliency(params, hessian_diagonal(network, params, examples))
-
-
 CRITERIA = {
     "magnitude": lambda network, params, examples, key: pruning.magnitude(params),
-    "obd": _obd,
+    "obd": lambda network, params, examples, key: pruning.obd_saliency(
+        params, hessian_diagonal(network, params, examples)
+    ),
     "random": lambda network, params, examples, key: pruning.random_scores(key, params),
 }
 
@@ -68,14 +50,10 @@ CRITERIA = {
 class Retrained(NamedTuple):
     """What `prune_and_retrain` went through, for each seed and round.
 
-    Attributes
-    ----------
-    table : DataFrame
-        One row a seed and round: `seed`, `round`, `percent` pruned, `remaining`, `before` (the
-        accuracy after pruning and before retraining), `accuracy` and `loss` after it.
-    kept : pytree of bool [rounds, seeds, ...]
-    params : pytree [seeds, ...]
-        After the last round.
+    table : DataFrame, one row a seed and round: `seed`, `round`, `percent` pruned, `remaining`,
+        `before` (accuracy after pruning and before retraining), `accuracy` and `loss` after it
+    kept : pytree of bool ``[rounds, seeds, ...]``
+    params : pytree ``[seeds, ...]``, after the last round
     """
 
     table: pd.DataFrame
@@ -84,17 +62,10 @@ class Retrained(NamedTuple):
 
 
 def prune_and_retrain(
-    network,
-    params: Any,
-    train: Examples,
-    test: Examples,
-    percents: Sequence[float],
-    recipe: Recipe,
-    criterion: str | Callable = "obd",
-    scope: str = "all",
-    seeds: Sequence[int] = range(5),
-    scored_on: int | None = None,
-) -> Retrained:
+    network, params: Any, train: Examples, test: Examples, percents: Sequence[float],
+    recipe: Recipe, criterion: str | Callable = "obd", scope: str = "all",
+    seeds: Sequence[int] = range(5), scored_on: int | None = None,
+) -> Retrained:  # fmt: skip
     """Prune, retrain under the mask, repeat: the procedure of the OBD paper (1990), section 2.
 
     In each round the parameters are scored and ranked, the lowest go, and the rest is retrained
@@ -102,89 +73,67 @@ def prune_and_retrain(
     asks for no more than the round before only retrains, so ``[90] * 5`` is one-shot pruning with
     the retraining budget of five rounds.
 
-    Parameters
-    ----------
-    network
-        As for `training.fit`.
-    params : pytree ``[seeds, ...]``
-        Trained networks, one for each seed, as in `training.Runs`.
-    percents : sequence of numbers
-        Percent pruned after each round, never falling.
-    recipe : Recipe
-        How a round retrains; its `std` and `held_out` are not used.
-    criterion : {"magnitude", "obd", "random"} or function
-        ``(network, params, examples, key) -> scores``, shaped like the params.
-    scope : {"all", "layer"}
-        See `pruning.ranks`.
-    seeds : sequence of int
-        For the order of the examples, dropout, and random scores.
-    scored_on : int, optional
-        How many training examples, the first ones, the criterion sees; by default all.
+    params : pytree ``[seeds, ...]``, trained networks, as in `training.Runs`
+    percents : percent pruned after each round, never falling
+    recipe : how a round retrains; its `std` and `held_out` are not used
+    criterion : a key of CRITERIA, or ``(network, params, examples, key) -> scores``
+    seeds : for the order of the examples, dropout, and random scores
+    scored_on : how many training examples, the first ones, the criterion sees; by default all
 
-    Raises
-    ------
-    ValueError, TypeError
-        If `percents` falls or is empty, `criterion` or `scope` is unknown, or the leading axis of
-        `params` is not as long as `seeds`; see also `training.fit`.
-    FloatingPointError
-        If retraining diverged, or scores are not finite.
+    Errors are those of `training.fit` and `pruning.ranks`; and ValueError if `percents` falls or
+    is empty, or the leading axis of `params` is not as long as `seeds`.
     """
     seeds, percents = checks.seeds(seeds), list(percents)
     if not callable(criterion):
         checks.one_of("criterion", criterion, CRITERIA)
     score = criterion if callable(criterion) else CRITERIA[criterion]
     checks.one_of("scope", scope, pruning.SCOPES)
-    if not percents or percents != sorted(percents):
-        raise ValueError(f"percents: expected some, none lower than the last, got {percents}")
+    rising = percents and percents == sorted(percents)
+    require(rising, f"percents: expected some, none lower than the last, got {percents}")
     for percent in percents:
         checks.percent(percent)
     checks.params(params)
-    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
-    if lengths != {(len(seeds),)}:
-        raise ValueError(
-            f"params: expected a leading axis over the {len(seeds)} seeds, got lengths "
-            f"{sorted(lengths)}; pass runs.params and seeds=runs.seeds"
-        )
-    if scored_on is not None:
-        checks.whole("scored_on", scored_on)
+    good = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params)} == {(len(seeds),)}
+    require(good, f"params: expected a leading axis over the {len(seeds)} seeds; pass runs.params "
+            "and seeds=runs.seeds")  # fmt: skip
+    checks.whole("scored_on", scored_on or 1)
     train = jax.tree.map(jnp.asarray, collected(train))
-    scored = train if scored_on is None else train.first(scored_on)
+    scored = train.first(scored_on or len(train.labels))
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     rows, masks, last = [], [], 0
+
+    def prune(percent, params, kept, key):
+        return _prune(score(network, params, scored, key), kept, percent, scope)
+
     for number, percent in enumerate(percents):
         if percent > last:
             fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number))(keys)
-            kept = _each(
-                lambda w, k, key: _prune(score(network, w, scored, key), k, percent, scope),
-                params,
-                kept,
-                fresh,
-            )
+            kept = _each(partial(prune, percent), params, kept, fresh)
             params, last = pruning.masked(params, kept), percent
         before = _each(lambda w: pruning.evaluate(network, w, test), params)
         fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number + 1))(keys)
         params, _, _ = fit(network, recipe, params, train, fresh, keep_pruned, kept)
         after = _each(lambda w: pruning.evaluate(network, w, test), params)
-        for i, seed in enumerate(seeds):
-            row = {"seed": seed, "round": number + 1, "percent": percent}
-            row |= {"remaining": 100 - percent, "before": before.accuracy[i]}
-            rows.append(row | {"accuracy": after.accuracy[i], "loss": after.loss[i]})
+        level = {"round": number + 1, "percent": percent, "remaining": 100 - percent}
+        columns = {"seed": seeds, "before": before.accuracy, **after._asdict()}
+        rows.append(pd.DataFrame(columns).assign(**level))
         masks.append(jax.tree.map(np.asarray, kept))
-    table = pd.DataFrame(rows)
+    table = pd.concat(rows, ignore_index=True)
     return Retrained(table, jax.tree.map(lambda *each: np.stack(each), *masks), params)
 
 
 def _each(function, *trees):
     """``function`` of one seed after the other, stacked: a pass over the data fills memory."""
-    number = len(jax.tree.leaves(trees)[0])
-    found = [function(*jax.tree.map(lambda leaf: leaf[i], trees)) for i in range(number)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    seeds = range(len(jax.tree.leaves(trees)[0]))
+    found = [function(*jax.tree.map(lambda leaf, i=i: leaf[i], trees)) for i in seeds]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 
 
 def _prune(scores, kept, percent, scope):
     """A new mask; what is pruned already goes first, and so stays pruned."""
     checks.scores(scores)
     scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
-    below = pruning.limits(scores, percent, scope)
-    return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope), below)
+    free = (True,) * len(jax.tree.leaves(scores))
+    below = pruning.limits(scores, percent, scope, free)
+    return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope, free), below)

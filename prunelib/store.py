@@ -10,9 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
@@ -22,8 +20,8 @@ SHIPPED = Path(__file__).with_name("runs")
 def cache_dir() -> Path:
     """Folder for what is worth keeping between runs; it may not exist yet.
 
-    `$PRUNELIB_CACHE`, else `$XDG_CACHE_HOME/prunelib`, else `~/.cache/prunelib`, else (where no
-    home is known) a folder for temporary files.
+    `$PRUNELIB_CACHE`, else ``prunelib`` in `$XDG_CACHE_HOME`, in ``~/.cache`` or, where no home is
+    known, in the folder for temporary files.
     """
     if own := os.environ.get("PRUNELIB_CACHE"):
         return Path(own).expanduser()
@@ -35,38 +33,35 @@ def cache_dir() -> Path:
 
 
 def kept(name: str, settings: dict, make: Callable[[], Arrays]) -> Arrays:
-    """What is kept under `name` with these `settings`; else what `make()` gives, kept from now on.
+    """What is kept under `name` with these (JSON-able) `settings`; else `make()`, kept from now on.
 
     Looked for among the shipped runs, then in `cache_dir()`, where new ones go. A file that is
     damaged, or was made with other settings, is passed over with a warning that says so.
-
-    Parameters
-    ----------
-    name : str
-    settings : dict
-        What the arrays depend on; JSON-able.
-    make : callable
-        ``() -> {name: array}``; called only if nothing that fits is kept.
     """
-    for folder in (SHIPPED, cache_dir()):
+    wanted = json.loads(json.dumps(settings))
+    for file in (SHIPPED / f"{name}.npz", cache_dir() / f"{name}.npz"):
         try:
-            arrays, found = read(folder / f"{name}.npz")
-        except FileNotFoundError:
+            arrays, found = read(file)
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except Exception as error:  # whatever is wrong with a kept copy, the remedy is a new one
-            _warn(f"{folder / name}.npz is damaged ({type(error).__name__}: {error}); making anew")
+            warn(f"{file} is damaged ({type(error).__name__}: {error}); making it anew")
             continue
-        wanted = json.loads(json.dumps(settings))
         if found == wanted:
             return arrays
         other = sorted(k for k in found.keys() | wanted if found.get(k) != wanted.get(k))
-        _warn(f"{folder / name}.npz was made with another {', '.join(other)}; making it anew")
+        warn(f"{file} was made with another {', '.join(other)}; making it anew")
     arrays = make()
-    try:
-        write(cache_dir() / f"{name}.npz", arrays, settings)
-    except Exception as error:  # a full disk is not always an OSError
-        _warn(f"{name} cannot be kept in {cache_dir()} ({error}); set PRUNELIB_CACHE to another")
+    keep(cache_dir() / f"{name}.npz", arrays, settings)
     return arrays
+
+
+def keep(file: Path, arrays: Arrays, settings: dict) -> None:
+    """`write`, or a warning where that cannot be done."""
+    try:
+        write(file, arrays, settings)
+    except Exception as error:  # a full disk is not always an OSError
+        warn(f"{file} cannot be kept ({type(error).__name__}: {error}); choose another folder")
 
 
 def write(file: Path, arrays: Arrays, settings: dict) -> None:
@@ -74,7 +69,7 @@ def write(file: Path, arrays: Arrays, settings: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = np.array(json.dumps(settings))
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as folder:
-        whole = Path(folder, file.name)
+        whole = Path(folder, "whole.npz")
         np.savez_compressed(whole, settings=text, **{f"array/{k}": v for k, v in arrays.items()})
         os.replace(whole, file)
 
@@ -87,24 +82,6 @@ def read(file: Path) -> tuple[Arrays, dict]:
         return arrays, json.loads(str(found["settings"]))
 
 
-def flat(tree: Any, prefix: str = "") -> Arrays:
-    """A pytree of nested dicts as ``{"prefix/layer/kernel": array}``."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {"/".join([prefix, *(e.key for e in path)]): np.asarray(a) for path, a in leaves}
-
-
-def nested(arrays: Arrays, prefix: str = "") -> dict:
-    """The inverse of `flat`: nested dicts, of the arrays whose names start with the prefix."""
-    tree: dict = {}
-    for name, array in arrays.items():
-        first, *path, last = name.split("/")
-        if first == prefix:
-            place = tree
-            for key in path:
-                place = place.setdefault(key, {})
-            place[last] = array
-    return tree
-
-
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """A warning that points at the caller of this package's function, or near."""
     warnings.warn(message, stacklevel=4)

@@ -1,5 +1,6 @@
 """The loss change of pruning, term by term of its Taylor expansion."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,9 +17,7 @@ from prunelib.passes import cross_entropy, default_batch, forward, known_loss, m
 
 
 class LossChange(NamedTuple):
-    """The terms of E(w + δ) - E(w), in nats. The first four add up to `actual`.
-
-    Each is a float, or an array of floats if several masks were given.
+    """The terms of E(w + δ) - E(w), in nats, floats or arrays. The first four add up to `actual`.
 
     first : ``gᵀδ``; zero at a minimum (the "extremal" assumption)
     diagonal : ``½ Σ h_kk δ_k²``; what OBD keeps
@@ -35,48 +34,23 @@ class LossChange(NamedTuple):
 
 
 def loss_change(
-    network,
-    params: Any,
-    kept: Any,
-    examples: Examples,
-    diagonal: Any = None,
-    *,
-    loss: Callable = cross_entropy,
-    batch_size: int | None = None,
-) -> LossChange:
+    network, params: Any, kept: Any, examples: Examples, diagonal: Any = None, *,
+    loss: Callable = cross_entropy, batch_size: int | None = None,
+) -> LossChange:  # fmt: skip
     """What pruning to the mask `kept` does to the mean loss, split into Taylor terms.
 
-    Equation 1 of LeCun, Denker, Solla, "Optimal Brain Damage", 1990, with δ = -w for pruned
-    entries and 0 for kept ones. Both ``gᵀδ`` and ``δᵀHδ`` come from differentiating along δ
-    twice, forward over forward: no gradient is ever stored. All masks share one pass.
+    Equation 1 of LeCun, Denker, Solla, "Optimal Brain Damage", 1990, with δ = -w for pruned entries
+    and 0 for kept ones. ``gᵀδ`` and ``δᵀHδ`` come from differentiating along δ twice, forward over
+    forward: no gradient is ever stored. All masks share one pass.
 
-    Parameters
-    ----------
-    params : pytree of float arrays
-    kept : pytree of bool
-        Shaped like `params`; True = kept. For several masks at once, each leaf has the same
-        leading axes in front, for instance ``[levels, ...]``.
-    examples : Examples
-        Images ``[n, ...]`` and integer labels ``[n]``. All n are used.
-    diagonal : pytree, optional
-        The Hessian's diagonal at `params`, shaped like it; by default
-        `curvature.hessian_diagonal`, with its warning where that is not exact.
-    loss : callable
-        ``(logits [n, classes], labels [n]) -> [n]``, the loss of each example.
-    batch_size : int, optional
-        Examples in memory at a time. The result does not depend on it.
+    kept : pytree of bool shaped like `params`, True = kept. For several masks at once, each leaf
+        has the same leading axes in front, for instance ``[levels, ...]``
+    diagonal : the Hessian's, shaped like `params`; by default `curvature.hessian_diagonal`, with
+        its warning where that is not exact
+    loss : ``(logits [n, classes], labels [n]) -> [n]``, the loss of each example
 
-    Returns
-    -------
-    LossChange
-        Floats, or NumPy arrays of the masks' leading axes.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If the pytrees do not match, or network, params and examples do not (see `checks`).
-    FloatingPointError
-        If a parameter, an image, the diagonal or a term is NaN or infinite.
+    Returns floats, or NumPy arrays of the masks' leading axes. Raises ValueError or TypeError if
+    the pytrees, network and examples do not match, FloatingPointError if anything is not finite.
     """
     checks.concrete("params, kept, examples", (params, kept, tuple(examples)))
     logits = forward(network, params, examples)
@@ -94,13 +68,11 @@ def loss_change(
 def _masks(kept, params):
     """The axes that every leaf of `kept` has before those of `params`; and masks ``[m, ...]``."""
     checks.booleans(kept)
-    leaves = jax.tree.leaves(kept)
-    extra = np.ndim(leaves[0]) - np.ndim(jax.tree.leaves(params)[0]) if leaves else 0
-    axes = np.shape(leaves[0])[:extra] if extra > 0 else ()
+    first = np.shape(next(iter(jax.tree.leaves(kept)), 0))
+    axes = first[: max(0, len(first) - np.ndim(jax.tree.leaves(params)[0]))]
     expected = jax.tree.map(lambda w: jax.ShapeDtypeStruct((*axes, *w.shape), bool), params)
     kept = checks.like("kept", kept, "params (after the axes over masks)", expected)
-    number = int(np.prod(axes))
-    return axes, jax.tree.map(lambda k, w: jnp.reshape(k, (number, *w.shape)), kept, params)
+    return axes, jax.tree.map(lambda k, w: k.reshape(math.prod(axes), *w.shape), kept, params)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -136,22 +108,15 @@ def _terms(logits, loss, batch_size, params, masks, diagonal, examples):
 
 
 def layer_terms(
-    network,
-    params: Any,
-    kept: Any,
-    examples: Examples,
-    *,
-    loss: Callable = cross_entropy,
-    batch_size: int | None = None,
-) -> pd.DataFrame:
+    network, params: Any, kept: Any, examples: Examples, *,
+    loss: Callable = cross_entropy, batch_size: int | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Second-order terms by pairs of layers: ``½ δ_aᵀ H_ab δ_b``, rows and columns named.
 
-    A layer is what `params` branches into first: the entries of a dict, or of whatever pytree.
-    The table is symmetric, and all its entries add up to ``½ δᵀHδ``, the `diagonal` plus the
-    `cross` of `loss_change`. It is half the Hessian of ``c -> E(w + Σ_a c_a δ_a)`` at 0: one HVP
-    for each layer, with δ in that layer only.
-
-    Parameters and errors are those of `loss_change`; `kept` is a single mask.
+    A layer is what `params`, any pytree, branches into first. All entries add up to ``½ δᵀHδ``,
+    the `diagonal` plus the `cross` of `loss_change`. The table is half the Hessian of
+    ``c -> E(w + Σ_a c_a δ_a)`` at 0: one HVP for each layer, with δ in that layer only. Parameters
+    and errors are those of `loss_change`; `kept` is a single mask.
     """
     checks.concrete("params, kept, examples", (params, kept, tuple(examples)))
     logits = forward(network, params, examples)
@@ -181,8 +146,10 @@ def _layer_terms(logits, loss, batch_size, names, params, kept, examples):
 
     def batch(images, labels, weights):
         def mean_loss(c):  # c_a = 1 prunes layer a
-            shares = [c[layers.index(name)].astype(w.dtype) for name, w in zip(names, leaves)]
-            moved = [jnp.where(k, w, w - s * w) for k, w, s in zip(masks, leaves, shares)]
+            moved = [
+                jnp.where(k, w, w - c[layers.index(name)].astype(w.dtype) * w)
+                for name, w, k in zip(names, leaves, masks, strict=True)
+            ]
             return weights @ loss(logits(structure.unflatten(moved), images), labels)
 
         return 0.5 * jax.hessian(mean_loss)(jnp.zeros(len(layers), weights.dtype))

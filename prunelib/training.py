@@ -12,44 +12,26 @@ import optax
 import pandas as pd
 
 from prunelib import checks
+from prunelib.checks import require
 from prunelib.data import Examples, collected, scaled
 from prunelib.passes import cross_entropy, forward
-
-OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained, on shuffled batches.
 
-    Attributes
-    ----------
-    steps : int
-        Optimizer steps, of `batch` examples each.
-    learning_rate : float
-    optimizer : {"adam", "adamw", "sgd"}
-    momentum : float
-        Of SGD.
-    weight_decay : float
-        AdamW: decoupled. Adam and SGD: added to the gradient, times the weight.
-    eps : float
-        Adam's and AdamW's: added to the root of the mean squared gradient.
-    decay : bool
-        Whether the learning rate falls to zero along a cosine; else it is constant.
-    keep : float
-        The probability that dropout keeps a hidden activation; 1 is no dropout.
-    std : float or None
-        Weights and biases start as truncated normals (cut at two standard deviations) of this
-        standard deviation; None leaves the start to the network.
-    summed : bool
-        Whether a batch's loss is the sum over its examples (as in 2016) or their mean.
-    held_out : int
-        How many training examples, the last ones, are left out (2016: 5,000).
+    steps, batch, learning_rate : optimizer steps, of so many examples each, at this rate
+    optimizer : "adam", "adamw" or "sgd"; momentum is SGD's, eps that of the other two
+    weight_decay : decoupled for AdamW; else added to the gradient, times the weight
+    decay : whether the learning rate falls to zero along a cosine; else it is constant
+    keep : the probability that dropout keeps a hidden activation; 1 is no dropout
+    std : weights and biases start as normals of this standard deviation, cut at two of them; None
+        leaves the start to the network
+    summed : whether a batch's loss is the sum over its examples (as in 2016) or their mean
+    held_out : how many training examples, the last ones, are left out (2016: 5,000)
 
-    Raises
-    ------
-    ValueError
-        When it is made, if a number makes no sense or the optimizer is unknown.
+    Raises ValueError when it is made, if a number makes no sense or the optimizer is unknown.
     """
 
     steps: int
@@ -66,20 +48,14 @@ class Recipe:
     held_out: int = 0
 
     def __post_init__(self):
-        checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
-        checks.whole("steps", self.steps)
-        checks.whole("batch", self.batch)
-        checks.whole("held_out", self.held_out, least=0)
-        good = {
-            "learning_rate > 0": 0 < self.learning_rate < np.inf,
-            "0 <= momentum < 1": 0 <= self.momentum < 1,
-            "weight_decay >= 0": 0 <= self.weight_decay < np.inf,
-            "eps > 0": 0 < self.eps < np.inf,
-            "0 < keep <= 1": 0 < self.keep <= 1,
-            "std > 0, or None": self.std is None or 0 < self.std < np.inf,
-        }
-        if wrong := [rule for rule, holds in good.items() if not holds]:
-            raise ValueError(f"recipe: expected {', '.join(wrong)}; got {self}")
+        checks.one_of("optimizer", self.optimizer, ("adam", "adamw", "sgd"))
+        for name, least in (("steps", 1), ("batch", 1), ("held_out", 0)):
+            checks.whole(name, getattr(self, name), least)
+        positive = self.learning_rate, self.eps, 1.0 if self.std is None else self.std
+        good = all(0 < x < np.inf for x in positive) and 0 <= self.weight_decay < np.inf
+        require(good and 0 <= self.momentum < 1 and 0 < self.keep <= 1, "recipe: expected "
+                "learning_rate, eps, std > 0, weight_decay >= 0, 0 <= momentum < 1, 0 < keep <= 1, "
+                f"got {self}")  # fmt: skip
 
     def transformation(self) -> optax.GradientTransformation:
         """The Optax optimizer of this recipe."""
@@ -87,29 +63,21 @@ class Recipe:
         rate = optax.cosine_decay_schedule(rate, self.steps) if self.decay else rate
         if self.optimizer == "adamw":
             return optax.adamw(rate, eps=self.eps, weight_decay=self.weight_decay)
-        plain = (
-            optax.sgd(rate, momentum=self.momentum or None)
-            if self.optimizer == "sgd"
-            else optax.adam(rate, eps=self.eps)
-        )
-        if not self.weight_decay:
-            return plain
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), plain)
+        if self.optimizer == "sgd":
+            plain = optax.sgd(rate, momentum=self.momentum or None)
+        else:
+            plain = optax.adam(rate, eps=self.eps)
+        decay = optax.add_decayed_weights(self.weight_decay)
+        return optax.chain(decay, plain) if self.weight_decay else plain
 
 
 @dataclass(frozen=True)
 class Runs:
     """Networks trained by one recipe from several seeds.
 
-    Attributes
-    ----------
-    recipe : Recipe
-    seeds : tuple of int
-    params : pytree
-        Shaped like the network's params, with a leading axis over seeds.
-    history : DataFrame
-        One row a seed and point: `seed`, `step`, `loss` (mean over the batches since the last
-        point, in nats) and `accuracy` (likewise, a fraction), both with dropout on.
+    params : pytree shaped like the network's params, with a leading axis over seeds
+    history : DataFrame, one row a seed and point: `seed`, `step`, `loss` (mean over the batches
+        since the last point, in nats) and `accuracy` (a fraction), both with dropout on
     """
 
     recipe: Recipe
@@ -119,74 +87,42 @@ class Runs:
 
     def select(self, index: int) -> Any:
         """The params of the run at place `index` (0 is the first seed)."""
-        if not 0 <= index < len(self.seeds):
-            raise IndexError(
-                f"index: expected 0 to {len(self.seeds) - 1}, got {index}; "
-                f"it is a place in seeds = {self.seeds}"
-            )
-        return _take(self.params, index)
+        good = 0 <= index < len(self.seeds)
+        require(good, f"index: expected a place in seeds = {self.seeds}, got {index}", IndexError)
+        return jax.tree.map(lambda leaf: leaf[index], self.params)
 
     def map(self, function: Callable[[Any], Any]) -> Any:
-        """``function(params)`` of each run: tables under each other, with a column `seed`; else
-        pytrees stacked along a new leading axis.
-        """
+        """``function(params)`` of each run: pytrees stacked, tables joined with a column `seed`."""
         found = [function(self.select(i)) for i in range(len(self.seeds))]
-        if isinstance(found[0], pd.DataFrame):
-            with_seed = [t.assign(seed=s) for t, s in zip(found, self.seeds, strict=True)]
-            return pd.concat(with_seed, ignore_index=True)
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
-
-
-@jax.jit
-def _take(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+        if not isinstance(found[0], pd.DataFrame):
+            return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+        tables = [t.assign(seed=s) for t, s in zip(found, self.seeds, strict=True)]
+        return pd.concat(tables, ignore_index=True)
 
 
 def train(network, recipe: Recipe, examples: Examples, seeds: Sequence[int] = range(5)) -> Runs:
-    """Train one network for each seed.
+    """Train one network for each seed: for its start, the order of its examples, and dropout.
 
-    Parameters
-    ----------
-    network
-        With ``init(key) -> params`` and ``apply(params, images) -> logits``; for a recipe with
-        dropout, ``apply(params, images, keep=..., key=...)``, as a `models.Network` has.
-    recipe : Recipe
-    examples : Examples
-        Wherever they are: what counts is their numbers. Training runs on JAX's default device,
-        with all images in its memory.
-    seeds : sequence of int
-        One network each: for its start, the order of its examples, and dropout.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If there are fewer examples than a batch holds, seeds are none, or the recipe asks for
-        dropout and the network has no place for it; see also `passes.forward`.
-    FloatingPointError
-        If the training diverged.
+    The network has ``init(key) -> params`` and ``apply(params, images) -> logits``; for a recipe
+    with dropout, ``apply(params, images, keep=..., key=...)``, as a `models.Network`. Training
+    runs on JAX's default device, wherever the examples are. Errors are those of `fit`.
     """
     seeds = checks.seeds(seeds)
-    if not callable(getattr(network, "init", None)):
-        raise TypeError(
-            f"network: expected init(key) and apply(params, images), got {type(network).__name__} "
-            "without init; give it one, or start from your params with training.fit"
-        )
+    require(hasattr(network, "init"), f"network: {type(network).__name__} has no init(key) -> "
+            "params; give it one, or start from params with training.fit", TypeError)  # fmt: skip
     used = collected(examples)
     used = used.first(len(used.labels) - recipe.held_out)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     starts, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     start = jax.vmap(partial(_start, network, recipe.std))(starts)
     params, loss, accuracy = fit(network, recipe, start, used, keys)
-    points = loss.shape[1]
-    history = pd.DataFrame(
-        {
-            "seed": np.repeat(seeds, points),
-            "step": np.tile(np.arange(1, points + 1) * (recipe.steps // points), len(seeds)),
-            "loss": loss.ravel(),
-            "accuracy": accuracy.ravel(),
-        }
-    )
-    return Runs(recipe, seeds, params, history)
+    divisors = (k for k in range(max(1, recipe.steps // 50), recipe.steps + 1))
+    every = next(k for k in divisors if recipe.steps % k == 0)  # some fifty points
+    steps = np.arange(every, recipe.steps + 1, every)
+    history = {"seed": np.repeat(seeds, len(steps)), "step": np.tile(steps, len(seeds))}
+    for name, values in (("loss", loss), ("accuracy", accuracy)):
+        history[name] = values.reshape(-1, every).mean(1)
+    return Runs(recipe, seeds, params, pd.DataFrame(history))
 
 
 def _start(network, std, key):
@@ -200,55 +136,30 @@ def _start(network, std, key):
 
 
 def fit(
-    network,
-    recipe: Recipe,
-    params: Any,
-    examples: Examples,
-    keys: jax.Array,
-    after: Callable[[Any], optax.GradientTransformation] | None = None,
-    given: Any = None,
-) -> tuple[Any, np.ndarray, np.ndarray]:
+    network, recipe: Recipe, params: Any, examples: Examples, keys: jax.Array,
+    after: Callable[[Any], optax.GradientTransformation] | None = None, given: Any = None,
+) -> tuple[Any, np.ndarray, np.ndarray]:  # fmt: skip
     """Go on from `params` by a recipe, for all seeds together: what `train` and retraining share.
 
-    Parameters
-    ----------
-    params : pytree ``[seeds, ...]``
-    keys : array of keys ``[seeds]``
-        For the order of the examples, and dropout.
-    after, given : function and pytree ``[seeds, ...]``, optional
-        ``after(given of a seed)`` is an Optax transformation to follow the recipe's own.
+    params : pytree ``[seeds, ...]``; keys : ``[seeds]``, for the order of examples, and dropout
+    after, given : with ``after(given of a seed)``, an Optax transformation, after the recipe's own
 
-    Returns
-    -------
-    params : pytree ``[seeds, ...]``
-    loss, accuracy : arrays ``[seeds, points]``
-        Means over the batches since the last point, in nats and as a fraction.
-
-    Raises
-    ------
-    ValueError, TypeError, FloatingPointError
-        As `train`.
+    Returns params ``[seeds, ...]``, and each batch's mean loss (nats) and accuracy (a fraction)
+    ``[seeds, steps]``. Raises ValueError or TypeError for fewer examples than a batch, dropout
+    that the network has no place for, and what `passes.forward` refuses; FloatingPointError if
+    training diverged.
     """
     one = jax.tree.map(lambda leaf: leaf[0], params)
     forward(network, one, examples)
     count = len(examples.labels)
-    if count < recipe.batch:
-        raise ValueError(
-            f"examples: {count} do not fill a batch of {recipe.batch}; pass more, or a recipe "
-            "with a smaller batch or less held out"
-        )
+    require(count >= recipe.batch, f"examples: {count} do not fill a batch of {recipe.batch}")
     apply, dropout = checks.network(network), recipe.keep < 1
     if dropout:
         _check_dropout(apply, one, examples, recipe)
-    interval = next(
-        k for k in range(max(1, recipe.steps // 50), recipe.steps + 1) if recipe.steps % k == 0
-    )
     images, labels = jnp.asarray(examples.images), jnp.asarray(examples.labels, jnp.int32)
 
     def of_one(params, key, given, images, labels):
-        optimizer = recipe.transformation()
-        if after is not None:
-            optimizer = optax.chain(optimizer, after(given))
+        optimizer = optax.chain(recipe.transformation(), *([after(given)] if after else []))
         order, noise = jax.random.split(key)
         epochs = jax.random.split(order, -(-recipe.steps * recipe.batch // count))
         shuffled = jax.vmap(lambda k: jax.random.permutation(k, count))(epochs)
@@ -258,11 +169,10 @@ def fit(
             params, moments = state
             batch, number = scanned
 
-            def objective(params):
-                options = {}  # without dropout, apply need not know of it
-                if dropout:
-                    options = {"keep": recipe.keep, "key": jax.random.fold_in(noise, number)}
-                logits = apply(params, scaled(images[batch]), **options)
+            options = {"keep": recipe.keep, "key": jax.random.fold_in(noise, number)}
+
+            def objective(params):  # without dropout, apply need not know of it
+                logits = apply(params, scaled(images[batch]), **(options if dropout else {}))
                 losses = cross_entropy(logits.astype(jnp.float32), labels[batch])
                 total = losses.sum() if recipe.summed else losses.mean()
                 return total, (losses.mean(), (logits.argmax(1) == labels[batch]).mean())
@@ -271,41 +181,24 @@ def fit(
             updates, moments = optimizer.update(gradient, moments, params)
             return (optax.apply_updates(params, updates), moments), metrics
 
-        def between_points(state, scanned):
-            state, metrics = jax.lax.scan(step, state, scanned)
-            return state, jax.tree.map(jnp.mean, metrics)
-
-        scanned = batches, jnp.arange(recipe.steps)
-        scanned = jax.tree.map(lambda x: x.reshape(-1, interval, *x.shape[1:]), scanned)
         state = (params, optimizer.init(params))
-        (params, _), metrics = jax.lax.scan(between_points, state, scanned)
+        (params, _), metrics = jax.lax.scan(step, state, (batches, jnp.arange(recipe.steps)))
         return params, metrics
 
     # Compiled anew for each call: nothing that a reader's network reads can have gone stale.
     together = jax.jit(jax.vmap(of_one, in_axes=(0, 0, 0, None, None)))
     params, (loss, accuracy) = together(params, keys, given, images, labels)
-    checks.finite("training: the loss", loss)
-    checks.finite("training: the parameters", params)
+    checks.finite("training", {"loss": loss, "params": params})
     return params, np.asarray(loss), np.asarray(accuracy)
 
 
 def _check_dropout(apply, params, examples, recipe) -> None:
-    """Raise ValueError unless the network's outputs depend on dropout."""
-
-    def spread(keep):
-        images = scaled(jnp.asarray(examples.images[:16]))
-        keys = jax.random.split(jax.random.key(0), 2)
-        return jax.vmap(lambda key: apply(params, images, keep=keep, key=key))(keys)
-
+    """Raise ValueError unless the network's outputs depend on the key of dropout."""
+    images = scaled(jnp.asarray(examples.images[:16]))
     try:
-        one, two = spread(recipe.keep)
+        one, two = (apply(params, images, keep=recipe.keep, key=jax.random.key(i)) for i in (0, 1))
     except TypeError:
-        one = two = None
-    if one is None or bool((one == two).all()):
-        raise ValueError(
-            f"network, recipe: keep={recipe.keep} asks for dropout, but the network has no place "
-            "for it; put models.dropout_here among its layers (or give apply keep and key), or "
-            "use a recipe with keep=1"
-        )
-
-
+        one = two = jnp.zeros(1)
+    require((one != two).any(), f"network, recipe: keep={recipe.keep} asks for dropout, but the "
+            "network has no place for it; put models.dropout_here among its layers (or give apply "
+            "keep and key), or use a recipe with keep=1")  # fmt: skip

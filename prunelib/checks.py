@@ -26,12 +26,9 @@ def is_traced(tree: Any) -> bool:
 
 def concrete(name: str, tree: Any) -> None:
     """Raise TypeError inside `jit`, `vmap` or `grad`, for a function that returns plain numbers."""
-    require(
-        not is_traced(tree),
-        f"{name}: expected numbers, got values that are not known yet, inside jit, vmap or grad; "
-        "call this function outside, or write the sum with passes.mean_over_batches",
-        TypeError,
-    )
+    require(not is_traced(tree), f"{name}: expected numbers, got values that are not known yet, "
+            "inside jit, vmap or grad; call this outside, or use passes.mean_over_batches there",
+            TypeError)  # fmt: skip
 
 
 def here(array: Any) -> np.ndarray:
@@ -58,12 +55,9 @@ def params(tree: Any, name: str = "params", kinds: tuple = (jnp.floating,)) -> N
     require(leaves, f"{name}: the pytree has no arrays; pass one as network.init returns it")
     for path, leaf in leaves:
         dtype = getattr(leaf, "dtype", None)
-        require(
-            dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds),
-            f"{name}{jax.tree_util.keystr(path)}: expected an array of real numbers, got "
-            f"{dtype or type(leaf).__name__}; convert it with .astype(float32)",
-            TypeError,
-        )
+        good = dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+        require(good, f"{name}{jax.tree_util.keystr(path)}: expected an array of real numbers, got "
+                f"{dtype or type(leaf).__name__}; convert it to float32", TypeError)  # fmt: skip
     finite(name, tree)
 
 
@@ -97,9 +91,9 @@ def like(name: str, tree: Any, reference_name: str, reference: Any) -> Any:
     """
     found, expected = jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(reference)
     one, two = ({names_of(path): leaf for path, leaf in side} for side in (found, expected))
-    shapes = [{"/".join(k): np.shape(v) for k, v in side.items()} for side in (one, two)]
-    require(shapes[0] == shapes[1], f"{name}: expected the arrays of {reference_name}, "
-            f"{shapes[1]}, got {shapes[0]}; make it by jax.tree.map from the same params")  # fmt: skip
+    here, there = ({"/".join(k): np.shape(v) for k, v in side.items()} for side in (one, two))
+    require(here == there, f"{name}: expected the arrays of {reference_name}, {there}, got {here}; "
+            "make it by jax.tree.map from the same params")  # fmt: skip
     return jax.tree.structure(reference).unflatten([one[names_of(path)] for path, _ in expected])
 
 
@@ -111,9 +105,8 @@ def labels(value: Any, classes: int | None = None, name: str = "labels") -> None
             "take the argmax", TypeError)  # fmt: skip
     if classes is not None and not is_traced(value) and value.size:
         low, high = int(here(value).min()), int(here(value).max())
-        require(0 <= low and high < classes, f"{name}: found {low} to {high}, but there are "
-                f"{classes} classes (0 to {classes - 1}); number them from 0, or make a network "
-                "with a wider last layer")  # fmt: skip
+        require(low >= 0 and high < classes, f"{name}: found {low} to {high} for {classes} classes; "
+                "number them from 0, or make a wider last layer")  # fmt: skip
 
 
 def examples(value: Any) -> None:
@@ -123,8 +116,8 @@ def examples(value: Any) -> None:
             f"Examples(images, labels) of arrays, got {type(value).__name__}; pass for instance "
             "load_mnist().train", TypeError)  # fmt: skip
     alike = images.ndim > 1 and classes.ndim == 1 and len(images) == len(classes) > 0
-    require(alike, f"examples: expected images [n, ...] and labels [n], n > 0, got {images.shape} "
-            f"and {classes.shape}; cut both alike, and leave the first axis to the examples")  # fmt: skip
+    require(alike, "examples: expected images [n, ...] and labels [n], n > 0, got "
+            f"{images.shape} and {classes.shape}; cut both alike")  # fmt: skip
     labels(classes, name="examples.labels")
     real = getattr(value, "real", None)
     good = real is None or (real.dtype == bool and np.shape(real) == np.shape(classes))
@@ -151,9 +144,8 @@ def logits(shape: Any, examples: Any) -> None:
 def network(value: Any) -> Callable:
     """``value.apply``, or `value` itself if it is a function ``(params, images) -> logits``."""
     apply = getattr(value, "apply", value)
-    require(callable(apply), "network: expected a function (params, images) -> logits, or an object "
-            f"with such an apply, got {type(value).__name__}; pass for instance models.mlp()",
-            TypeError)  # fmt: skip
+    require(callable(apply), "network: expected a function (params, images) -> logits, or what has "
+            f"such an apply, got {type(value).__name__}; pass e.g. models.mlp()", TypeError)  # fmt: skip
     return apply
 
 
@@ -163,8 +155,7 @@ def percent(value: Any) -> Fraction:
         exact = Fraction(-1) if np.ndim(value) or isinstance(value, str) else Fraction(str(value))
     except ValueError:
         exact = Fraction(-1)
-    require(0 <= exact <= 100, f"percent: expected a number from 0 to 100, got {value!r}; it is the "
-            "share to prune")  # fmt: skip
+    require(0 <= exact <= 100, f"percent: expected the share to prune, 0 to 100, got {value!r}")
     return exact
 
 
@@ -179,8 +170,9 @@ def seeds(value: Any) -> tuple[int, ...]:
     """The seeds as a tuple of distinct integers, or an error that says what to pass instead."""
     found = list(value) if isinstance(value, Iterable) else [None]
     integers = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in found)
-    require(found and integers and len(set(found)) == len(found), "seeds: expected several distinct "
-            f"integers, got {value!r}; pass range(5) for five seeds, or [5] for that one")  # fmt: skip
+    good = found and integers and len(set(found)) == len(found)
+    require(good, f"seeds: expected distinct integers, got {value!r}; pass range(5) for five seeds, "
+            "or [5] for that one")  # fmt: skip
     return tuple(int(seed) for seed in found)
 
 

@@ -34,7 +34,12 @@ SHA256 = {
         "test/images": "a85d8dffc6063fb89dcbc2122651701e7bbc18837f940fc9d76df48c224558ca",
         "test/labels": "58b236bac2b9f39e838e65b8a6942832a40044c1da3df14e20f2f8291c6af177",
     },
-    "fashion_mnist": {},
+    "fashion_mnist": {
+        "train/images": "d6f7acb83157a75006f04dbae6822f88b1bb1651cef953707c39831d938776a3",
+        "train/labels": "0f719277c94fd64b784df233338874360483009b12c9952b1be69bc7d463ae04",
+        "test/images": "a84f70bc4eaa1b2c5e671e99525a60f9dbe89328fa62013e4aa30ba11800c4df",
+        "test/labels": "85e2be1b62985fe36ef293a029e9559c3f6822643be932622c5042b8a1654a94",
+    },
 }
 
 

@@ -59,8 +59,8 @@ def loss_terms(loss, logits, labels):
     """
     if loss is cross_entropy:
         p = jax.nn.softmax(logits)
-        e = partial(jax.nn.one_hot, num_classes=p.shape[1], dtype=p.dtype)
-        return p.shape[1], lambda c: (jnp.ones_like(p[:, 0]), jnp.sqrt(p[:, c, None]) * (e(c)[None] - p))
+        e, ones = jnp.eye(p.shape[1], dtype=p.dtype), jnp.ones_like(p[:, 0])
+        return p.shape[1], lambda c: (ones, jnp.sqrt(p[:, c])[:, None] * (e[c][None] - p))
     of_one = jax.hessian(lambda z, y: loss(z[None], y[None])[0])
     values, vectors = jnp.linalg.eigh(jax.vmap(of_one)(logits, labels))
     vectors = vectors * jnp.sqrt(jnp.abs(values))[:, None, :]
@@ -94,7 +94,7 @@ def _summed(by_layers, logits, loss, draws, batch_size, params, examples, key):
     return mean_over_batches(of_batch, examples, batch_size)
 
 
-def _shifted(network, params, images, shifts):
+def shifted(network, params, images, shifts):
     """The logits with ``shifts[name]`` added to each layer's output; all inputs and outputs."""
     x, inputs, outputs = scaled(images), {}, {}
     for layer in network.layers:
@@ -109,7 +109,7 @@ def _shifted(network, params, images, shifts):
 def _by_layers(logits, terms, params, images, labels, weights):
     """By signals at each layer's output; nothing as large as a gradient of an example is made."""
     network = logits.origin
-    forward = partial(_shifted, network, params, images)
+    forward = partial(shifted, network, params, images)
     shapes = jax.eval_shape(lambda: forward({})[1][1])
     zeros = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)
     z, pull, (inputs, _) = jax.vjp(forward, zeros, has_aux=True)
@@ -128,8 +128,8 @@ def _by_layers(logits, terms, params, images, labels, weights):
     dense, (factor, signals) = jax.lax.scan(add, start, jnp.arange(count), unroll=unroll)
     out = {name: _dense_squares(inputs[name], dense[name]) for name in dense}
     for layer in conv:
-        by_place = jnp.moveaxis(signals[layer.name], 0, -2)
-        out[layer.name] = _conv_squares(layer.module(params), inputs[layer.name], by_place, factor.T)
+        a, by_place = inputs[layer.name], jnp.moveaxis(signals[layer.name], 0, -2)
+        out[layer.name] = _conv_squares(layer.module(params), a, by_place, factor.T)
     return _like(params, out)
 
 
@@ -193,7 +193,7 @@ def neuron(logits, loss, batch_size, params, examples):
     widest = max(layer["kernel"].shape[1] for layer in params.values())
 
     def batch(images, labels, weights):
-        z, (inputs, outputs) = _shifted(logits.origin, params, images, {})
+        z, (inputs, outputs) = shifted(logits.origin, params, images, {})
         maps = _maps(logits.origin, params)
         gradient = jax.grad(lambda z: loss(z, labels).sum())(z)
         count, one = loss_terms(loss, z, labels)

@@ -15,17 +15,19 @@ from prunelib.passes import Function
 NONE, LINEAR, SHARED, SMOOTH = range(4)  # how a value depends on an array of parameters
 
 # Linear in all their inputs together, or only choosing among them.
-_LINEAR = set(
-    """add add_any sub neg reduce_sum cumsum reshape squeeze transpose broadcast_in_dim rev pad
-    concatenate slice dynamic_slice dynamic_update_slice gather scatter scatter-add scatter_add
-    convert_element_type copy real imag reduce_max reduce_min max min abs select_n stack unstack
-    reduce_window_sum reduce_window_max reduce_window_min select_and_gather_add cummax cummin
-    select_and_scatter_add reduce_precision clamp sort top_k tile optimization_barrier
-    sharding_constraint expand_dims split""".split()
-)
+_LINEAR = {
+    "add", "add_any", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy",
+    "cummax", "cummin", "cumsum", "dynamic_slice", "dynamic_update_slice", "expand_dims", "gather",
+    "max", "min", "abs", "neg", "optimization_barrier", "pad", "reduce_max", "reduce_min",
+    "reduce_precision", "reduce_sum", "reduce_window_max", "reduce_window_min",
+    "reduce_window_sum", "reshape", "rev", "scatter", "scatter-add", "select_and_gather_add",
+    "select_and_scatter_add", "select_n", "sharding_constraint", "slice", "sort", "split",
+    "squeeze", "stack", "sub", "tile", "top_k", "transpose", "unstack",
+}  # fmt: skip
 _PRODUCT = {"mul", "dot_general", "conv_general_dilated"}
 # Constant almost everywhere.
-_STEPS = set("eq ne lt le gt ge sign floor ceil round argmax argmin is_finite and or not".split())
+_STEPS = {"eq", "ne", "lt", "le", "gt", "ge", "sign", "floor", "ceil", "round", "argmax", "argmin",
+          "is_finite", "and", "or", "not"}  # fmt: skip
 
 
 def dependence(forward: Function, params: Any) -> dict[str, int]:

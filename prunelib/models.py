@@ -45,10 +45,11 @@ class Layer(NamedTuple):
     @property
     def fixed(self) -> Hashable | None:
         """What the layer computes, if that cannot change: a plain module, a library's function."""
-        home = getattr(self.function, "__module__", None) or ""
-        named = home.split(".")[0] in ("jax", "prunelib") and hasattr(self.function, "__name__")
-        plain, ours = (self.name, self.graph) if self.kind else None, self.function if named else None
-        return plain if self.name else ours
+        if self.name:
+            return (self.name, self.graph) if self.kind else None
+        home = (getattr(self.function, "__module__", None) or "").split(".")[0]
+        known = home in ("jax", "prunelib") and hasattr(self.function, "__name__")
+        return self.function if known else None
 
 
 def dropout_here(x: jax.Array) -> jax.Array:
@@ -64,19 +65,13 @@ class Network:
     are in alphabetical order, so that the leaves of the params stand in the order of the layers.
     Raises ValueError if names are not, TypeError if a layer holds state besides its parameters
     (batch normalization, `nnx.Dropout`).
-
-    >>> net = Network([("dense1", partial(nnx.Linear, 3, 4)), jax.nn.tanh,
-    ...                ("dense2", partial(nnx.Linear, 4, 2))])
-    >>> net.apply(net.init(jax.random.key(0)), jnp.ones((5, 3))).shape
-    (5, 2)
     """
 
     def __init__(self, layers: Sequence[Callable | tuple[str, Callable]]):
         self.layers = tuple(_layer(entry) for entry in layers)
-        names = list(self.shapes)
-        require(names == sorted(set(names)) and len(names) == sum(bool(x.name) for x in self.layers),
-                f"layers: names must be distinct and in alphabetical order, got {names}; "
-                "rename them (dense01, dense02, ...)")  # fmt: skip
+        names = [layer.name for layer in self.layers if layer.name]
+        require(names == sorted(set(names)), "layers: names must be distinct and in alphabetical "
+                f"order, got {names}; rename them (dense01, dense02, ...)")  # fmt: skip
 
     @property
     def shapes(self) -> Params:
@@ -107,7 +102,7 @@ class Network:
 
         Grey values (uint8) are scaled to [0, 1]. Dropout is off unless a random `key` is given:
         then each activation at `dropout_here` is kept with probability `keep`, and divided by
-        `keep`. Raises ValueError if network, params and images do not fit together.
+        `keep`. Raises ValueError if the params are another network's.
         """
         require(0 < keep <= 1, f"keep: expected a probability in (0, 1], got {keep!r}")
         found = sorted(params) if hasattr(params, "keys") else type(params).__name__
@@ -115,14 +110,7 @@ class Network:
                 f"{found}; pass what this network's init returned")  # fmt: skip
         x = scaled(images)
         for number, layer in enumerate(self.layers):
-            try:
-                x = layer(params, x)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"images, params: layer {number}, {layer.name or layer.function}, cannot take "
-                    f"an input of shape {x.shape} with its params ({error}); pass what the network "
-                    "was made for"
-                ) from error
+            x = layer(params, x)
             if key is not None and layer.function is dropout_here:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
                 x = nnx.Dropout(1 - keep, deterministic=False, rngs=rngs)(x)
@@ -132,30 +120,26 @@ class Network:
 def _layer(entry) -> Layer:
     if callable(entry):
         return Layer(None, entry)
-    pair = isinstance(entry, tuple) and len(entry) == 2 and callable(entry[1])
-    require(pair, f"layers: expected a function of a batch, or (name, builder), got {entry!r}; "
-            "for instance ('dense1', partial(nnx.Linear, 784, 50))", TypeError)  # fmt: skip
     name, builder = entry
     module = nnx.eval_shape(lambda: builder(rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(module, nnx.Param, ...)
-    require(not jax.tree.leaves(rest), f"layers: {name!r}, {type(module).__name__}, holds state "
-            "besides its parameters, and a layer here is a pure function of those; leave it out, "
-            "or write a function instead", TypeError)  # fmt: skip
+    require(not jax.tree.leaves(rest), f"layers: {name!r} holds state besides its parameters, and "
+            "a layer is a pure function of those; write a function instead", TypeError)  # fmt: skip
     kind = type(module) if _is_plain(module) else None
     return Layer(name, builder, graph, nnx.to_pure_dict(params), kind)
 
 
 def _is_plain(module) -> bool:
     """Whether a layer computes what its class is known for, in the precision of its inputs."""
-    if getattr(module, "promote_dtype", None) is not nnx.nn.dtypes.promote_dtype:
+    if type(module) not in (nnx.Linear, nnx.Conv):
         return False
-    if module.dtype not in (None, jnp.float32, jnp.float64):
+    usual = module.promote_dtype is nnx.nn.dtypes.promote_dtype
+    if not usual or module.dtype not in (None, jnp.float32, jnp.float64):
         return False
     if type(module) is nnx.Linear:
         return module.dot_general is jax.lax.dot_general
     return (
-        type(module) is nnx.Conv
-        and len(module.kernel_size) == 2
+        len(module.kernel_size) == 2
         and module.conv_general_dilated in (jax.lax.conv_general_dilated, convolve)
         and all(d in (1, None, (1, 1)) for d in (module.kernel_dilation, module.input_dilation))
         and module.feature_group_count == 1
@@ -208,14 +192,12 @@ def flatten(x: jax.Array) -> jax.Array:
 def convolve(x, kernel, window_strides, padding, *, precision=None, **options) -> jax.Array:
     """A convolution as one matrix product, ``[n, h, w, in] -> [n, h - kh + 1, w - kw + 1, out]``.
 
-    `jax.lax.conv_general_dilated` for the simplest case: steps of 1, no padding, no dilation, one
-    group; for anything else ValueError is raised. On a CPU its gradient, inside a compiled loop,
-    is some thirty times faster than that of XLA's own convolution.
+    `jax.lax.conv_general_dilated` for steps of 1, no padding, no dilation and one group, else
+    ValueError. On a CPU its gradient, in a compiled loop, is some thirty times faster than XLA's.
     """
     steps = (*window_strides, *options.get("lhs_dilation", ()), *options.get("rhs_dilation", ()))
     simple = {*steps, options.get("feature_group_count", 1)} == {1} and padding == "VALID"
-    require(simple, f"convolve: only steps of 1, no padding, no dilation, one group, got "
-            f"{window_strides}, {padding!r}, {options}; leave nnx.Conv its own")  # fmt: skip
+    require(simple, f"convolve: not for {window_strides}, {padding!r}, {options}; use nnx.Conv's own")
     kh, kw, _, out = kernel.shape
     height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
     patches = [x[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]

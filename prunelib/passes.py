@@ -101,21 +101,22 @@ def known_loss(loss: Callable, forward: Function) -> Callable:
     if loss is cross_entropy:
         return loss
     (logits,) = forward.program.out_avals
-    try:
-        program, shape = jax.make_jaxpr(loss, return_shape=True)(
-            jax.ShapeDtypeStruct(logits.shape, logits.dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
-        )
-        good = shape.shape == (2,)
-    except Exception as error:
-        program, good, shape = None, False, error
-    require(good, f"loss: expected a function of logits {logits.shape} and labels (2,) that gives "
-            f"two losses, got {shape}; leave the mean to this package")  # fmt: skip
+    two = jax.ShapeDtypeStruct(logits.shape, logits.dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
+    program, shape = jax.make_jaxpr(loss, return_shape=True)(*two)
+    good = getattr(shape, "shape", None) == (2,)
+    require(good, f"loss: expected two losses for logits {logits.shape} and labels (2,), got "
+            f"{shape}; leave the mean to this package")  # fmt: skip
     return Function(loss, program, _content(program), loss)
 
 
 def _content(program: ClosedJaxpr) -> Hashable:
     """What tells one program from another: its text, and the constants that the text leaves out."""
-    values = list(_constants(program))
+    values = list(program.consts)
+    for equation in equations(program):
+        values += [np.asarray(x.val) for x in equation.invars if isinstance(x, Literal)]
+        for value in jax.tree.leaves(equation.params):
+            array = hasattr(value, "__array__") and not isinstance(value, type)
+            values += value.consts if isinstance(value, ClosedJaxpr) else [value] * array
     if checks.is_traced(values):
         return object()  # not known yet: like nothing else
     constants = tuple((str(v.dtype), v.shape, np.asarray(v).tobytes()) for v in values)
@@ -129,17 +130,6 @@ def equations(program: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
         for value in jax.tree.leaves(equation.params):
             if isinstance(value, ClosedJaxpr | Jaxpr):
                 yield from equations(value)
-
-
-def _constants(program: ClosedJaxpr) -> Iterator[Any]:
-    yield from program.consts
-    for equation in equations(program):
-        yield from (np.asarray(x.val) for x in equation.invars if isinstance(x, Literal))
-        for value in jax.tree.leaves(equation.params):
-            if isinstance(value, ClosedJaxpr):
-                yield from value.consts
-            elif hasattr(value, "__array__") and not isinstance(value, type):
-                yield value
 
 
 def default_batch(forward: Function, parts: int, each: int = 0) -> int:

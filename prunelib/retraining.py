@@ -21,11 +21,9 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
     """Hold pruned parameters at exactly zero, whatever the optimizer wants.
 
     To be put *after* the optimizer: it replaces the update of each pruned parameter by ``-w``, so
-    that no momentum, which still moves a parameter whose gradient is zero, revives anything.
-
-    `kept` is shaped like params, False = pruned; wrappers, such as Flax's Variables, may differ.
-    Raises TypeError if it holds anything but booleans; at `update`, ValueError if it is given no
-    params, or `kept` is not shaped like them.
+    that no momentum revives anything. `kept` is shaped like params, False = pruned; wrappers, such
+    as Flax's Variables, may differ. Raises TypeError if it holds anything but booleans, ValueError
+    at an `update` without params, or with others.
     """
     checks.booleans(kept)
 
@@ -84,9 +82,8 @@ def prune_and_retrain(
     is empty, or the leading axis of `params` is not as long as `seeds`.
     """
     seeds, percents = checks.seeds(seeds), list(percents)
-    if not callable(criterion):
-        checks.one_of("criterion", criterion, CRITERIA)
-    score = criterion if callable(criterion) else CRITERIA[criterion]
+    score = criterion if callable(criterion) else CRITERIA.get(criterion)
+    checks.one_of("criterion", criterion if score is None else "obd", CRITERIA)
     checks.one_of("scope", scope, pruning.SCOPES)
     rising = percents and percents == sorted(percents)
     require(rising, f"percents: expected some, none lower than the last, got {percents}")
@@ -103,8 +100,13 @@ def prune_and_retrain(
     kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     rows, masks, last = [], [], 0
 
-    def prune(percent, params, kept, key):
-        return _prune(score(network, params, scored, key), kept, percent, scope)
+    def prune(percent, params, kept, key):  # what is pruned already goes first, and so stays
+        scores = score(network, params, scored, key)
+        checks.scores(scores)
+        scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
+        free = (True,) * len(jax.tree.leaves(scores))
+        below = pruning.limits(scores, percent, scope, free)
+        return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope, free), below)
 
     for number, percent in enumerate(percents):
         if percent > last:
@@ -118,9 +120,9 @@ def prune_and_retrain(
         level = {"round": number + 1, "percent": percent, "remaining": 100 - percent}
         columns = {"seed": seeds, "before": before.accuracy, **after._asdict()}
         rows.append(pd.DataFrame(columns).assign(**level))
-        masks.append(jax.tree.map(np.asarray, kept))
-    table = pd.concat(rows, ignore_index=True)
-    return Retrained(table, jax.tree.map(lambda *each: np.stack(each), *masks), params)
+        masks.append(kept)
+    masks = jax.tree.map(lambda *each: np.stack(each), *masks)
+    return Retrained(pd.concat(rows, ignore_index=True), masks, params)
 
 
 def _each(function, *trees):
@@ -128,12 +130,3 @@ def _each(function, *trees):
     seeds = range(len(jax.tree.leaves(trees)[0]))
     found = [function(*jax.tree.map(lambda leaf, i=i: leaf[i], trees)) for i in seeds]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
-
-
-def _prune(scores, kept, percent, scope):
-    """A new mask; what is pruned already goes first, and so stays pruned."""
-    checks.scores(scores)
-    scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
-    free = (True,) * len(jax.tree.leaves(scores))
-    below = pruning.limits(scores, percent, scope, free)
-    return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope, free), below)

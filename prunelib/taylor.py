@@ -47,7 +47,6 @@ def loss_change(
         has the same leading axes in front, for instance ``[levels, ...]``
     diagonal : the Hessian's, shaped like `params`; by default `curvature.hessian_diagonal`, with
         its warning where that is not exact
-    loss : ``(logits [n, classes], labels [n]) -> [n]``, the loss of each example
 
     Returns floats, or NumPy arrays of the masks' leading axes. Raises ValueError or TypeError if
     the pytrees, network and examples do not match, FloatingPointError if anything is not finite.
@@ -87,24 +86,24 @@ def _terms(logits, loss, batch_size, params, masks, diagonal, examples):
             return loss(logits(params, images), labels)
 
         def along(mask):
-            delta = deltas(mask)
-
-            def slope(params):
-                return jax.jvp(losses, (params,), (delta,))
-
-            (before, first), (_, second) = jax.jvp(slope, (params,), (delta,))
-            after = losses(jax.tree.map(jnp.add, params, delta))
+            delta = (deltas(mask),)
+            slope = partial(_push, losses, delta)  # w -> losses, and their slopes along δ
+            (before, first), (_, second) = jax.jvp(slope, (params,), delta)
+            after = losses(jax.tree.map(jnp.add, params, *delta))
             return weights @ first, weights @ (0.5 * second), weights @ (after - before)
 
         return jax.lax.map(along, masks)
-
-    first, half, actual = mean_over_batches(batch, examples, batch_size)
 
     def own(mask):
         terms = jax.tree.map(lambda h, d: 0.5 * (h * d**2).sum(), diagonal, deltas(mask))
         return sum(jax.tree.leaves(terms))
 
+    first, half, actual = mean_over_batches(batch, examples, batch_size)
     return first, jax.lax.map(own, masks), half, actual
+
+
+def _push(function, delta, params):
+    return jax.jvp(function, (params,), delta)
 
 
 def layer_terms(
@@ -123,34 +122,31 @@ def layer_terms(
     checks.booleans(kept)
     kept = checks.like("kept", kept, "params", params)
     names = _layers(params)
-    size = batch_size or default_batch(logits, 8)
-    loss = known_loss(loss, logits)
-    found = _layer_terms(logits, loss, size, tuple(names), params, kept, examples)
-    checks.finite("the layer terms", found)
+    size, loss = batch_size or default_batch(logits, 8), known_loss(loss, logits)
+    found = _layer_terms(logits, loss, size, names, params, kept, examples)
     layers = list(dict.fromkeys(names))
-    return pd.DataFrame(np.asarray(found, float), index=layers, columns=layers)
+    found = np.asarray(checks.finite("the layer terms", found), float)
+    return pd.DataFrame(found, index=layers, columns=layers)
 
 
-def _layers(params) -> list[str]:
+def _layers(params) -> tuple[str, ...]:
     """For each leaf the name of its layer: its path up to where the pytree first branches."""
     paths = [checks.names_of(path) for path, _ in jax.tree.leaves_with_path(params)]
     depth = next((d for d in range(len(paths[0])) if len({p[: d + 1] for p in paths}) > 1), 0)
-    return ["/".join(path[depth : depth + 1]) or "params" for path in paths]
+    return tuple("/".join(path[depth : depth + 1]) or "params" for path in paths)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _layer_terms(logits, loss, batch_size, names, params, kept, examples):
-    layers = list(dict.fromkeys(names))
-    leaves, structure = jax.tree.flatten(params)
-    masks = jax.tree.leaves(kept)
+    layers, structure = list(dict.fromkeys(names)), jax.tree.structure(params)
+    places = structure.unflatten([layers.index(name) for name in names])
 
     def batch(images, labels, weights):
         def mean_loss(c):  # c_a = 1 prunes layer a
-            moved = [
-                jnp.where(k, w, w - c[layers.index(name)].astype(w.dtype) * w)
-                for name, w, k in zip(names, leaves, masks, strict=True)
-            ]
-            return weights @ loss(logits(structure.unflatten(moved), images), labels)
+            moved = jax.tree.map(
+                lambda w, k, a: jnp.where(k, w, w - c[a].astype(w.dtype) * w), params, kept, places
+            )
+            return weights @ loss(logits(moved, images), labels)
 
         return 0.5 * jax.hessian(mean_loss)(jnp.zeros(len(layers), weights.dtype))
 

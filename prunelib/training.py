@@ -63,10 +63,8 @@ class Recipe:
         rate = optax.cosine_decay_schedule(rate, self.steps) if self.decay else rate
         if self.optimizer == "adamw":
             return optax.adamw(rate, eps=self.eps, weight_decay=self.weight_decay)
-        if self.optimizer == "sgd":
-            plain = optax.sgd(rate, momentum=self.momentum or None)
-        else:
-            plain = optax.adam(rate, eps=self.eps)
+        sgd, adam = optax.sgd(rate, self.momentum or None), optax.adam(rate, eps=self.eps)
+        plain = sgd if self.optimizer == "sgd" else adam
         decay = optax.add_decayed_weights(self.weight_decay)
         return optax.chain(decay, plain) if self.weight_decay else plain
 
@@ -108,15 +106,15 @@ def train(network, recipe: Recipe, examples: Examples, seeds: Sequence[int] = ra
     runs on JAX's default device, wherever the examples are. Errors are those of `fit`.
     """
     seeds = checks.seeds(seeds)
-    require(hasattr(network, "init"), f"network: {type(network).__name__} has no init(key) -> "
-            "params; give it one, or start from params with training.fit", TypeError)  # fmt: skip
+    require(hasattr(network, "init"), "network: it has no init(key) -> params; give it one, or "
+            "start from params of your own with training.fit", TypeError)  # fmt: skip
     used = collected(examples)
     used = used.first(len(used.labels) - recipe.held_out)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     starts, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     start = jax.vmap(partial(_start, network, recipe.std))(starts)
     params, loss, accuracy = fit(network, recipe, start, used, keys)
-    divisors = (k for k in range(max(1, recipe.steps // 50), recipe.steps + 1))
+    divisors = range(max(1, recipe.steps // 50), recipe.steps + 1)
     every = next(k for k in divisors if recipe.steps % k == 0)  # some fifty points
     steps = np.arange(every, recipe.steps + 1, every)
     history = {"seed": np.repeat(seeds, len(steps)), "step": np.tile(steps, len(seeds))}
@@ -130,9 +128,9 @@ def _start(network, std, key):
     if std is None:
         return params
     leaves, structure = jax.tree.flatten(params)
+    keys = structure.unflatten(jax.random.split(key, len(leaves)))
     normal = jax.nn.initializers.truncated_normal(std)
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
+    return jax.tree.map(lambda w, key: normal(key, w.shape), params, keys)
 
 
 def fit(
@@ -149,11 +147,10 @@ def fit(
     that the network has no place for, and what `passes.forward` refuses; FloatingPointError if
     training diverged.
     """
-    one = jax.tree.map(lambda leaf: leaf[0], params)
+    one, count = jax.tree.map(lambda w: w[0], params), len(examples.labels)
     forward(network, one, examples)
-    count = len(examples.labels)
-    require(count >= recipe.batch, f"examples: {count} do not fill a batch of {recipe.batch}")
     apply, dropout = checks.network(network), recipe.keep < 1
+    require(count >= recipe.batch, f"examples: {count} do not fill a batch of {recipe.batch}")
     if dropout:
         _check_dropout(apply, one, examples, recipe)
     images, labels = jnp.asarray(examples.images), jnp.asarray(examples.labels, jnp.int32)
@@ -166,9 +163,7 @@ def fit(
         batches = shuffled.ravel()[: recipe.steps * recipe.batch].reshape(recipe.steps, -1)
 
         def step(state, scanned):
-            params, moments = state
-            batch, number = scanned
-
+            (params, moments), (batch, number) = state, scanned
             options = {"keep": recipe.keep, "key": jax.random.fold_in(noise, number)}
 
             def objective(params):  # without dropout, apply need not know of it
@@ -199,6 +194,6 @@ def _check_dropout(apply, params, examples, recipe) -> None:
         one, two = (apply(params, images, keep=recipe.keep, key=jax.random.key(i)) for i in (0, 1))
     except TypeError:
         one = two = jnp.zeros(1)
-    require((one != two).any(), f"network, recipe: keep={recipe.keep} asks for dropout, but the "
-            "network has no place for it; put models.dropout_here among its layers (or give apply "
-            "keep and key), or use a recipe with keep=1")  # fmt: skip
+    require((one != two).any(), f"network, recipe: keep={recipe.keep}, but the network has no place "
+            "for dropout; put models.dropout_here among its layers (or give apply keep and key), "
+            "or use a recipe with keep=1")  # fmt: skip

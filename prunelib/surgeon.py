@@ -1,0 +1,243 @@
+"""Let the other weights move: Optimal Brain Surgeon and its heirs.
+
+OBD deletes a weight and leaves the others where they are. OBS moves them to where the quadratic
+model of the loss is lowest without it. Here for any Hessian; for a chain of dense layers, unit by
+unit, where the Hessian is that of a regression (OBC, SparseGPT, Wanda); and for a whole network.
+
+References
+----------
+.. [1] Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992.
+.. [2] Frantar, Singh, Alistarh, "Optimal Brain Compression", 2022.
+.. [3] Frantar, Alistarh, "SparseGPT", 2023.
+.. [4] Sun, Liu, Bair, Kolter, "A simple and effective pruning approach for LLMs" (Wanda), 2023.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prunelib import checks, pruning
+from prunelib.checks import require
+from prunelib.curvature import hessian_diagonal
+from prunelib.data import Examples
+from prunelib.gauss_newton import is_chain, shifted
+from prunelib.passes import default_batch, forward, mean_over_batches
+
+# For any Hessian ---------------------------------------------------------------------------------
+
+
+def step(w: jax.Array, inverse: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The best move when weight k goes, ``δ = -(w_k / M_kk) M e_k``, and its price [1]_.
+
+    `w` is ``[n]``, `inverse` M, the inverse Hessian ``[n, n]``; the price ``w_k² / (2 M_kk)`` is in
+    the units of the loss.
+    """
+    return -(w[k] / inverse[k, k]) * inverse[:, k], w[k] ** 2 / (2 * inverse[k, k])
+
+
+def without(inverse: jax.Array, k: int) -> jax.Array:
+    """The inverse of the Hessian without row and column k: row and column k of it are zero [2]_."""
+    return inverse - jnp.outer(inverse[:, k], inverse[k]) / inverse[k, k]
+
+
+def refit(w: jax.Array, hessian: jax.Array, kept: jax.Array) -> jax.Array:
+    """The weights of lowest ``½ δᵀHδ`` that are zero where `kept` is False: a regression.
+
+    ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which the set S goes. All are ``[n]``, the
+    Hessian ``[n, n]``, positive definite on the kept weights.
+    """
+    return _regress(hessian, hessian @ w, kept)
+
+
+def _regress(hessian, target, kept):
+    """The x of zeros where `kept` is False with ``(H x)_R = target_R``."""
+    both = kept[:, None] & kept[None, :]
+    matrix = jnp.where(both, hessian, jnp.eye(len(kept), dtype=hessian.dtype))
+    return jax.scipy.linalg.solve(matrix, jnp.where(kept, target, 0), assume_a="pos")
+
+
+@jax.jit
+def greedy(w: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The order in which the cheapest weight goes next, the others moving each time [2]_.
+
+    Returns for each of the n weights its place in that order, and the price paid when it went. The
+    inverse is never updated: with the columns taken out so far in U, it is ``M - U Uᵀ``.
+    """
+    n = len(w)
+
+    def one(number, state):
+        w, diagonal, taken, places, prices = state
+        alive = places == n
+        price = jnp.where(alive, w**2 / (2 * jnp.maximum(diagonal, 1e-30)), jnp.inf)
+        k = jnp.argmin(price)
+        column = jnp.where(alive, inverse[:, k] - taken @ taken[k], 0) / jnp.sqrt(diagonal[k])
+        w = jnp.where(alive, w - w[k] / jnp.sqrt(diagonal[k]) * column, 0).at[k].set(0)
+        taken = taken.at[:, number].set(column)
+        return (w, diagonal - column**2, taken, places.at[k].set(number), prices.at[k].set(price[k]))
+
+    start = (w, jnp.diagonal(inverse), jnp.zeros_like(inverse), jnp.full(n, n), jnp.zeros_like(w))
+    return jax.lax.fori_loop(0, n, one, start)[3:]
+
+
+def sparsegpt(weights: jax.Array, hessian: jax.Array, percent: float, block: int = 128):
+    """SparseGPT's one pass over the inputs: each error is made up for by later inputs only [3]_.
+
+    `weights` ``[inputs, units]``, `hessian` ``[inputs, inputs]``. With ``U = chol(H⁻¹)ᵀ``, in each
+    block of inputs the lowest `percent` of ``w_i² / U_ii²`` go. Returns weights with zeros.
+    """
+    upper = jnp.linalg.cholesky(jnp.linalg.inv(hessian)).T
+    share = float(checks.percent(percent)) / 100
+    for start in range(0, len(weights), block):
+        rows = slice(start, start + block)
+        score = weights[rows] ** 2 / jnp.diagonal(upper)[rows, None] ** 2
+        order = pruning.places({"": score}, "all", (True,))[""]
+        weights = sweep(weights, upper, order >= int(share * score.size), start)
+    return weights
+
+
+@jax.jit
+def sweep(weights, upper, kept, start=0):
+    """Inputs from `start` on in their order: what `kept` drops goes, and later inputs move."""
+
+    def one(weights, i):
+        error = jnp.where(kept[i], 0, weights[start + i] / upper[start + i, start + i])
+        weights = weights - jnp.outer(upper[start + i], error)
+        return weights.at[start + i].multiply(kept[i]), None
+
+    return jax.lax.scan(one, weights, jnp.arange(len(kept)))[0]
+
+
+# For a chain of dense layers ---------------------------------------------------------------------
+
+
+class Pruned(NamedTuple):
+    """`params`, zero where the mask `kept` (a pytree of bool) is False."""
+
+    params: Any
+    kept: Any
+
+
+def layerwise(
+    network, params: Any, examples: Examples, percent: float, scope: str = "all",
+    refit: bool = True, damping: float = 0.01,
+) -> Pruned:  # fmt: skip
+    """Prune `percent` of the weights of a chain of dense layers by OBS, unit by unit; biases stay.
+
+    A unit's Hessian is that of the regression of its pre-activation on the layer's inputs, their
+    covariance (the bias moves along), plus `damping` times its mean diagonal. See `scores` for the
+    ranking. The kept weights are fitted to the dense network's pre-activations: with `refit`, layer
+    after layer from the pruned network's own activations, else from the dense ones [2]_.
+
+    Raises ValueError for a network that is no chain of dense layers or an unknown `scope`, and what
+    `passes.forward` and `pruning.mask` refuse.
+    """
+    ranked = scores(network, params, examples, damping)
+    kept = pruning.mask(ranked, percent, scope, pruning.weights_only(params))
+    found = pruning.masked(params, kept)
+    logits = forward(network, params, examples)
+    for name in params:
+        inputs = _moments(logits, found if refit else params, params, examples, name)
+        layer = _fit(params[name], kept[name]["kernel"], inputs, damping)
+        found = found | {name: layer}
+    return Pruned(checks.finite("the fitted weights", found), kept)
+
+
+def scores(network, params: Any, examples: Examples, damping: float = 0.01) -> Any:
+    """What each weight costs when greedy OBS takes it, in nats; zero for biases.
+
+    The price in a unit's squared error, times the unit's own curvature ``E Σ_c (∂(s_cᵀz)/∂z_j)²``
+    (the exact diagonal at its bias), the one currency of all layers; along a unit's order a running
+    maximum, so that what goes first ranks first.
+    """
+    require(is_chain(network, (nnx.Linear,), params), "network: layer-wise OBS needs a models."
+            "Network of plain nnx.Linear; convolutions would need patches")  # fmt: skip
+    require(all("bias" in layer for layer in params.values()), "params: a layer has no bias")
+    require(0 < damping < np.inf, f"damping: expected a positive number, got {damping}; an input "
+            "that never varies has no inverse without it")  # fmt: skip
+    logits = forward(network, params, examples)
+    curvature = hessian_diagonal(network, params, examples, "gauss_newton")
+    found = {}
+    for name, layer in params.items():
+        covariance = _moments(logits, params, params, examples, name)[0]
+        inverse = jnp.linalg.inv(_damped(covariance, damping))
+        units = partial(_unit_scores, inverse)
+        prices = jax.lax.map(units, (layer["kernel"].T, curvature[name]["bias"]), batch_size=25)
+        found[name] = {"kernel": prices.T, "bias": jnp.zeros_like(layer["bias"])}
+    return found
+
+
+def wanda(network, params: Any, examples: Examples) -> Any:
+    """Wanda's score ``|w_ij| · √E[a_i²]``, for ranking within a unit; zero for biases [4]_."""
+    logits, found = forward(network, params, examples), {}
+    for name, layer in params.items():
+        covariance, _, mean, _ = _moments(logits, params, params, examples, name)
+        size = jnp.sqrt(jnp.diagonal(covariance) + mean**2)
+        found[name] = {k: jnp.zeros_like(w) for k, w in layer.items()}
+        found[name]["kernel"] = jnp.abs(layer["kernel"]) * size[:, None]
+    return found
+
+
+def _unit_scores(inverse, unit):
+    weights, curvature = unit
+    places, prices = greedy(weights, inverse)
+    order = jnp.argsort(places)
+    return jnp.zeros_like(prices).at[order].set(jax.lax.cummax(prices[order])) * curvature
+
+
+def _damped(matrix, damping):
+    return matrix + damping * jnp.mean(jnp.diagonal(matrix)) * jnp.eye(len(matrix), dtype=matrix.dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _moments(logits, params, dense, examples, name):
+    """Of a layer's inputs a under `params` and its dense outputs z: Cov(a), Cov(a, z), E a, E z."""
+
+    def batch(images, labels, weights):
+        a = shifted(logits.origin, params, images, {})[1][0][name]
+        z = shifted(logits.origin, dense, images, {})[1][1][name]
+        scaled_a = weights[:, None] * a
+        return scaled_a.T @ a, scaled_a.T @ z, weights @ a, weights @ z
+
+    aa, az, a, z = mean_over_batches(batch, examples, default_batch(logits, 2))
+    return aa - jnp.outer(a, a), az - jnp.outer(a, z), a, z
+
+
+@jax.jit
+def _fit(layer, kept, moments, damping):
+    """Ridge regression of the dense outputs on the kept inputs, towards the old weights."""
+    covariance, cross, a, z = moments
+    ridge = damping * jnp.mean(jnp.diagonal(covariance))
+    matrix = _damped(covariance, damping)
+    target = cross + ridge * layer["kernel"]
+    fit = jax.vmap(partial(_regress, matrix), in_axes=1, out_axes=1)
+    kernel = jnp.where(kept, fit(target, kept), 0)
+    return {"kernel": kernel, "bias": z - a @ kernel}
+
+
+# For a whole network -----------------------------------------------------------------------------
+
+
+def woodbury(diagonal: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The diagonal of ``(D + GᵀG)⁻¹``, without ever forming the matrix; in float64.
+
+    `diagonal` ``[p]`` is D, `rows` ``[m, p]`` is G: ``1/D_k - ‖L⁻¹g_k‖² / D_k²`` with
+    ``LLᵀ = I + G D⁻¹ Gᵀ``.
+    """
+    diagonal, rows = np.asarray(diagonal, float), np.asarray(rows, float)
+    lower = np.linalg.cholesky(np.eye(len(rows)) + (rows / diagonal) @ rows.T)
+    return 1 / diagonal - (np.linalg.solve(lower, rows) ** 2).sum(0) / diagonal**2
+
+
+def whole(w: np.ndarray, diagonal: np.ndarray, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """`refit` for ``H = D + GᵀG`` of a whole network; arrays as in `woodbury`, `w` ``[p]``."""
+    w, kept = np.asarray(w, float), np.asarray(kept)
+    g, d = np.asarray(rows, float)[:, kept], np.asarray(diagonal, float)[kept]
+    right = g.T @ (np.asarray(rows, float)[:, ~kept] @ w[~kept])
+    inner = np.eye(len(g)) + (g / d) @ g.T
+    found = np.zeros_like(w)
+    found[kept] = w[kept] + right / d - (g.T @ np.linalg.solve(inner, (g / d) @ right)) / d
+    return found

@@ -1,7 +1,5 @@
-"""Refusing bad input, in words: each error names the argument, what was found, and the remedy.
-
-Public functions call these once, at their door. Inside there is only mathematics. What is tested
-here is what JAX itself is silent about.
+"""Refusing, at the public doors, what JAX is silent about: each error names the argument, what was
+found, and the remedy.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,6 +1,4 @@
-"""Hessian-vector products, and the diagonal of the Hessian by five methods.
-
-Throughout, E is the mean loss over the data, in nats; its Hessian has the shape params x params.
+"""Hessian-vector products, and the diagonal of the Hessian of the mean loss, by five methods.
 
 References
 ----------
@@ -64,9 +62,9 @@ def hessian_diagonal(
         together, for one_hot
 
     Returns a pytree shaped like `params`, at least float32, in nats per squared weight. Warns if
-    gauss_newton or sampled is not the Hessian because weights are used at several depths; or
-    because activations are smooth, no method was named and none is affordable. Raises ValueError
-    or TypeError for bad arguments (see `passes.forward`) or a network that the method cannot do,
+    Gauss-Newton is not the Hessian because weights are used at several depths; or for smooth
+    activations, if no method was named and no exact one is affordable. Raises ValueError or
+    TypeError for bad arguments (see `passes.forward`) or a network that the method cannot do,
     FloatingPointError for what is not finite.
     """
     checks.one_of("method", method or "one_hot", METHODS)
@@ -78,7 +76,6 @@ def hessian_diagonal(
     wide = jax.tree.map(lambda w: w.astype(jnp.promote_types(w.dtype, jnp.float32)), params)
     found = METHODS[method](logits, loss, batch_size, wide, examples, **options)
     return checks.finite("the Hessian diagonal", found)
-
 
 def _exact(method, logits, params, examples) -> str:
     """A method that is exact, if one is named or affordable; else Gauss-Newton and a warning."""
@@ -96,11 +93,9 @@ def _exact(method, logits, params, examples) -> str:
                   '"one_hot" is exact, and slow; "hutchinson" estimates it', stacklevel=3)  # fmt: skip
     return method or "gauss_newton"
 
-
 @lru_cache(maxsize=64)
 def _dependence(logits, structure):
     return dependence(logits, structure.unflatten([0] * structure.num_leaves))
-
 
 def _operations(params, examples) -> float:
     """Of one Hessian-vector product for each parameter: about six a parameter and example."""
@@ -119,7 +114,6 @@ def one_hot(logits, loss, batch_size, params, examples, *, chunk: int = 64):
         )
     size = batch_size or default_batch(logits, 4 * chunk)
     return _columns(logits, loss, size, params, examples, chunk)
-
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def _columns(logits, loss, batch_size, params, examples, chunk):
@@ -141,7 +135,6 @@ def hutchinson(logits, loss, batch_size, params, examples, *, probes: int = 64, 
     keys = jax.random.split(jax.random.key(0) if key is None else key, probes)
     return _probed(logits, loss, batch_size or default_batch(logits, 5), params, examples, keys)
 
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _probed(logits, loss, batch_size, params, examples, keys):
     flat, unravel, product = _product(logits, loss, batch_size, params, examples)
@@ -151,7 +144,6 @@ def _probed(logits, loss, batch_size, params, examples, keys):
         return total + v * product(v), None
 
     return unravel(jax.lax.scan(add, jnp.zeros_like(flat), keys)[0] / len(keys))
-
 
 def _product(logits, loss, batch_size, params, examples):
     """The params in one vector, how to get them back, and ``v -> H v`` over all examples."""

@@ -44,7 +44,7 @@ SHA256 = {
 
 
 class DataError(RuntimeError):
-    """The data is missing, damaged or out of reach; the message says which file, and the remedy."""
+    """The data is missing, damaged or out of reach; the message says which, and the remedy."""
 
 
 class Examples(NamedTuple):
@@ -79,10 +79,10 @@ def load_mnist() -> Splits:
 def load(name: str, folder: str | os.PathLike | None = None) -> Splits:
     """A data set of 28 x 28 pictures in ten classes, its files verified by TFDS's checksums.
 
-    What was loaded before is read from `store.cache_dir()`. Else "mnist" is made from the shipped
+    What was loaded before is kept in `store.cache_dir()`. Else "mnist" is made from the shipped
     files, "fashion_mnist" from the four original ``.gz`` files in `folder`, or from the network.
-    Images are uint8 ``[n, 784]``, labels int32 ``[n]``, as NumPy arrays. Raises ValueError for an
-    unknown name, DataError if a file is missing, altered, or out of reach.
+    Images are uint8 ``[n, 784]``, labels int32 ``[n]``. Raises ValueError for an unknown name,
+    DataError if a file is missing, altered, or out of reach.
     """
     checks.one_of("name", name, SHA256)
     file = store.cache_dir() / f"{name}-3.npz"
@@ -156,7 +156,6 @@ def count(examples: Examples) -> int:
     real = getattr(examples, "real", None)
     return len(examples.labels) if real is None else int(jnp.sum(real))
 
-
 def _verified(name: str, arrays: store.Arrays) -> Splits:
     for key, sha256 in SHA256[name].items():
         same = hashlib.sha256(np.ascontiguousarray(arrays[key])).hexdigest() == sha256
@@ -164,39 +163,29 @@ def _verified(name: str, arrays: store.Arrays) -> Splits:
     parts = ("train", "test")
     return Splits(*(Examples(arrays[f"{p}/images"], arrays[f"{p}/labels"]) for p in parts))
 
-
 def _prepared(name: str, folder: Path | None) -> store.Arrays:
     """What TFDS prepares, and verifies by its checksums, read back: images and labels by split."""
+    import requests
     import tensorflow_datasets as tfds
 
-    remedy = "connect to the network, or pass a folder with the four original .gz files"
     with tempfile.TemporaryDirectory() as prepared, _quiet():
         tfds.disable_progress_bar()
         builder = _builder(name, prepared)
-        for url, info in builder.url_infos.items():  # TFDS itself would try for minutes
-            there = (folder / info.filename).is_file() if folder else _reachable(url)
-            require(there, f"{name}: {info.filename} is out of reach; {remedy}", DataError)
         config = tfds.download.DownloadConfig(
             manual_dir=folder, force_checksums_validation=True, try_download_gcs=False
         )
-        try:  # parquet loses rows; tfrecord needs TensorFlow
+        try:
+            for url, info in builder.url_infos.items():  # TFDS itself would try for minutes
+                file = folder and (folder / info.filename).stat()
+                file or requests.head(url, timeout=5).raise_for_status()
+            # parquet loses rows; tfrecord needs TensorFlow
             builder.download_and_prepare(file_format="array_record", download_config=config)
         except Exception as error:
             raise DataError(
-                f"{name}: the files in {folder} are damaged, or TFDS cannot prepare them "
-                f"({type(error).__name__}: {error}); {remedy}, or reinstall prunelib"
+                f"{name}: a file is missing, damaged or out of reach ({type(error).__name__}: "
+                f"{error}); pass a folder with the four original .gz files, or reinstall prunelib"
             ) from error
         return _split(builder, "train") | _split(builder, "test")
-
-
-def _reachable(url: str) -> bool:
-    import requests
-
-    try:
-        return requests.head(url, timeout=5).ok
-    except requests.RequestException:
-        return False
-
 
 @contextlib.contextmanager
 def _quiet():
@@ -208,7 +197,6 @@ def _quiet():
             yield
     finally:
         logging.disable(disabled)
-
 
 def _builder(name: str, folder: str) -> Any:
     """TFDS's own builder, with its two steps that need TensorFlow done by NumPy instead."""
@@ -237,13 +225,11 @@ def _builder(name: str, folder: str) -> Any:
 
     return Builder(data_dir=folder)
 
-
 def _idx(file: os.PathLike) -> np.ndarray:
     """The bytes in a gzipped IDX file (big-endian header: 0, 0, 8, the rank, then the shape)."""
     raw = gzip.decompress(Path(file).read_bytes())
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-
 
 def _split(builder: Any, split: str) -> store.Arrays:
     """One prepared split as arrays; the PNGs are decoded here."""

@@ -1,9 +1,6 @@
-"""Every run and experiment of the series by its name: fetched if it is kept, else made.
+"""Every run (trained networks) and outcome (a table) of the series, by name: fetched, or made.
 
     python -m prunelib.experiments [NAME ...]     # make them again, to where they are shipped
-
-A run is a set of trained networks, ``trained("plain")``; an outcome is a table of measurements,
-``outcome("plain-obd")``.
 """
 
 import sys
@@ -24,12 +21,9 @@ from prunelib.training import Recipe, Runs, train
 VERSION = 1  # of the algorithms; raise it by hand when what they compute changes
 
 PLAIN = Recipe(steps=20_000)
-PLAIN_2016 = Recipe(
-    steps=50_000, learning_rate=1e-4, decay=False, std=0.02, summed=True, held_out=5000
-)
+PLAIN_2016 = Recipe(50_000, learning_rate=1e-4, decay=False, std=0.02, summed=True, held_out=5000)
 DROPOUT_2016 = replace(PLAIN_2016, learning_rate=1e-5, keep=0.8)
 SGD = Recipe(steps=20_000, optimizer="sgd", learning_rate=0.05, momentum=0.9)
-
 
 
 class Run(NamedTuple):
@@ -76,11 +70,9 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Pruning with retraining from a run (`start`, a key of RUNS).
+    """Pruning a run with retraining: one round's recipe, and percent kept, round by round.
 
-    See `retraining.prune_and_retrain`; `retraining` is the recipe of one round, `remaining` percent
-    kept, round by round. With `one_shot` each level is reached at once, with the budget of ROUNDS
-    up to it.
+    With `one_shot` each level is reached at once, with the budget of ROUNDS up to it.
     """
 
     start: str
@@ -104,7 +96,6 @@ class Curves(NamedTuple):
 ROUNDS = (40, 20, 12, 8, 5, 2, 1, 0.5)
 SUBSET = 3000
 _ROUND = Recipe(steps=600, learning_rate=5e-3)
-
 
 def _plans() -> dict[str, Plan]:
     found = {"plain-random": Plan("plain", "random", _ROUND, ROUNDS)}
@@ -151,11 +142,9 @@ def outcome(name: str) -> pd.DataFrame:
     checks.one_of("name", name, OUTCOMES)
     return pd.DataFrame(store.kept(name, _settings(name), lambda: _experiment(name)))
 
-
 def _run(name: str) -> Run:
     checks.one_of("name", name, RUNS | CONTROLS)
     return (RUNS | CONTROLS)[name]
-
 
 def _settings(name: str) -> dict:
     """What a kept run or outcome depends on, in words."""
@@ -167,20 +156,17 @@ def _settings(name: str) -> dict:
         settings["plan"] = asdict(plan) if name in PLANS else plan._asdict()
     return settings
 
-
 def _train(name: str) -> store.Arrays:
     run = _run(name)
     runs = train(run.network(), run.recipe, data.load(run.dataset).train, range(run.seeds))
     history = {f"history/{column}": runs.history[column].to_numpy() for column in runs.history}
     return flatten_dict({"params": jax.device_get(runs.params)}, sep="/") | history
 
-
 def _experiment(name: str) -> store.Arrays:
     plan = OUTCOMES[name]
     table = _rounds(plan) if name in PLANS else _curves(plan)
     numeric = set(table.select_dtypes("number"))
     return {c: table[c].to_numpy(None if c in numeric else str) for c in table}
-
 
 def _rounds(plan: Plan) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
@@ -204,12 +190,10 @@ def _rounds(plan: Plan) -> pd.DataFrame:
     named = {"recipe": plan.start, "criterion": plan.criterion, "scope": plan.scope}
     return pd.concat(parts, ignore_index=True).drop(columns=["round", "percent"]).assign(**named)
 
-
 def _counts(kept, axes: int) -> pd.DataFrame:
     """How many entries of each array of a mask are True, one row for each place in leading axes."""
     arrays = {"/".join(checks.names_of(path)): a for path, a in jax.tree.leaves_with_path(kept)}
     return pd.DataFrame({k: a.sum(tuple(range(axes, a.ndim))).ravel() for k, a in arrays.items()})
-
 
 def _curves(plan: Curves) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)

@@ -43,16 +43,15 @@ def lines(
     ax, table, y="accuracy", x="remaining", by="criterion", scale=100, colours=COLOURS, names=NAMES,
     ends=True, **options,
 ) -> None:  # fmt: skip
-    """For each value of column `by`, the mean over rows of the same x as a line, labelled at its
-    end, and their range as a band; `scale` times column `y` (100: a fraction as a percentage).
+    """For each value of `by`, the mean over rows of the same x as a line, labelled at its end, and
+    their range as a band; `scale` times column `y` (100: a fraction as a percentage).
     """
     for key, rows in table.groupby(by, sort=False):
         runs = scale * rows.groupby(x)[y].agg(["mean", "min", "max"]).sort_index(ascending=False)
         style = {"color": colours.get(key), "label": names.get(key, key), **options}
         (line,) = ax.plot(runs.index, runs["mean"], **style)
-        ax.fill_between(
-            runs.index, runs["min"], runs["max"], color=line.get_color(), alpha=0.2, linewidth=0
-        )
+        style = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+        ax.fill_between(runs.index, runs["min"], runs["max"], **style)
     if ends:
         label_ends(ax)
 
@@ -81,11 +80,10 @@ def label_ends(ax, space: float = 0.06) -> None:
     found.sort(key=lambda entry: entry[1])
     for lower, upper in pairwise(found):
         upper[1] = max(upper[1], lower[1] + space)
+    style = {"textcoords": "offset points", "va": "center", "fontsize": 10}
     for x, y, line in found:
-        ax.annotate(
-            line.get_label(), (x, y), (4, 0), "axes fraction", textcoords="offset points",
-            color=line.get_color(), va="center", fontsize=10, annotation_clip=False,
-        )  # fmt: skip
+        place = {"xy": (x, y), "xytext": (4, 0), "xycoords": "axes fraction"}
+        ax.annotate(line.get_label(), **place, **style, color=line.get_color())
 
 
 def pictures(named: dict[str, Any], columns: int | None = None, size: float = 2.0, **options):
@@ -121,9 +119,8 @@ def stacked(ax, table: pd.DataFrame, names: dict[str, str] | None = None) -> Non
 
 def folder() -> Path:
     """``figures/`` of the project around the working folder; of the working folder if none is."""
-    here = Path.cwd()
-    project = (p for p in (here, *here.parents) if (p / "pyproject.toml").is_file())
-    return next(project, here) / "figures"
+    around = (Path.cwd(), *Path.cwd().parents)
+    return next((p for p in around if (p / "pyproject.toml").is_file()), Path.cwd()) / "figures"
 
 
 def save(figure, name: str, table: pd.DataFrame) -> None:
@@ -145,38 +142,30 @@ def save(figure, name: str, table: pd.DataFrame) -> None:
     text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     picture, values = (folder() / f"{name}.{kind}" for kind in ("png", "csv"))
     try:
-        if values.exists() and _agree(values, text) and _same_picture(picture, _png(figure)):
+        if _agree(values, text, picture, content := _png(figure)):
             return
         folder().mkdir(parents=True, exist_ok=True)
-        for file, content in ((values, text.encode()), (picture, _png(figure))):
+        for file, new in ((values, text.encode()), (picture, content)):
             unfinished = file.with_name(f".{name}-unfinished")
-            unfinished.write_bytes(content)
+            unfinished.write_bytes(new)
             os.replace(unfinished, file)
     except OSError as error:
         warnings.warn(f"figure {name!r} is not kept: {error}", stacklevel=2)
 
-
-def _agree(file: Path, text: str) -> bool:
-    """Whether a stored table is the new one, but for other processors' last digits."""
+def _agree(values: Path, text: str, picture: Path, content: bytes) -> bool:
+    """Whether what is stored differs by last digits only, and by less than a letter in a label."""
     try:
-        old, new = pd.read_csv(file), pd.read_csv(io.StringIO(text))
+        old, new = pd.read_csv(values), pd.read_csv(io.StringIO(text))
         pd.testing.assert_frame_equal(old, new, rtol=1e-3, atol=1e-7)
-    except (AssertionError, ValueError):
+        old, new = plt.imread(picture), plt.imread(io.BytesIO(content))
+    except (AssertionError, ValueError, OSError):
         return False
-    return True
-
-
-def _same_picture(file: Path, content: bytes) -> bool:
-    """Whether a stored picture differs from the new one by less than one letter in a label."""
-    if not file.exists():
-        return False
-    old, new = plt.imread(file), plt.imread(io.BytesIO(content))
     return old.shape == new.shape and float(np.abs(old - new).mean()) < 3e-5
-
 
 def _png(figure) -> bytes:
     file = io.BytesIO()
     with plt.rc_context(STYLE):
+        figure.draw_without_rendering()  # the layout settles: a second picture is the same
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 

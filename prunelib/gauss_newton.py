@@ -1,8 +1,5 @@
-"""Exact diagonals by layers: Gauss-Newton's squared signals, and second derivatives by neurons.
-
-A dense layer is linear in its weights, ``z_j = Σ_i a_i W_ij + b_j``, so
-
-    ∂²E/∂W_ij² = Σ_n a_ni² ∂²E/∂z_nj².
+"""Exact diagonals by layers: a dense layer is linear in its weights, ``z_j = Σ_i a_i W_ij + b_j``,
+so ``∂²E/∂W_ij² = Σ_n a_ni² ∂²E/∂z_nj²``.
 """
 
 from functools import partial
@@ -25,10 +22,10 @@ def is_chain(network, kinds, params) -> bool:
 def gauss_newton(logits, loss, batch_size, params, examples):
     """The diagonal of the (generalised) Gauss-Newton matrix ``Σ_n J_nᵀ ∇²_z E_n J_n``.
 
-    It *is* the Hessian's diagonal for piecewise-linear networks, since each single weight enters
-    the logits piecewise linearly; for smooth activations it is the Levenberg-Marquardt
-    approximation of the OBD paper. With the factor ``∇²_z E = Σ_c s_c s_cᵀ``, of the softmax
-    ``s_c = √p_c (e_c - p)``, it is a sum of squares: back-propagate each s_c, square, add.
+    It *is* the Hessian's where each single weight enters the logits piecewise linearly; for smooth
+    activations it is the Levenberg-Marquardt approximation of the OBD paper. With the factor
+    ``∇²_z E = Σ_c s_c s_cᵀ``, of the softmax ``s_c = √p_c (e_c - p)``, it is a sum of squares:
+    back-propagate each s_c, square, add.
     """
     return _squares(logits, loss, 0, batch_size, params, examples, None)
 
@@ -38,10 +35,9 @@ def sampled(logits, loss, batch_size, params, examples, *, draws: int = 1, key=N
 
     For a class y drawn with probability p_y, the mean of ``(p - e_y)(p - e_y)ᵀ`` is the Hessian of
     the cross-entropy in the logits, and ``Jᵀ(p - e_y)`` is the gradient as if y were the label
-    (Martens, section 5). So its square is, on average, what `gauss_newton` adds up over all
-    classes: for the price of one back-propagation a draw, with an error that falls as
-    1/√(n·draws). (With the true labels one gets the "empirical Fisher", which is something else.)
-    Each draw depends on the key and its example's number alone, from `first` on.
+    (Martens, section 5): one back-propagation a draw, with an error that falls as 1/√(n·draws).
+    (The true labels give the "empirical Fisher", which is something else.) A draw depends on the
+    key and its example's number alone, from `first` on.
     """
     checks.require(loss is cross_entropy, 'loss: "sampled" knows the cross-entropy only; for '
                    'another use "gauss_newton"')  # fmt: skip
@@ -66,7 +62,6 @@ def loss_terms(loss, logits, labels):
     vectors = vectors * jnp.sqrt(jnp.abs(values))[:, None, :]
     return values.shape[1], lambda c: (jnp.sign(values[:, c]), vectors[:, :, c])
 
-
 def _drawn_terms(draws, key, logits, numbers):
     """As `loss_terms`, of classes drawn by examples' numbers: ``(p - e_y) / √draws``."""
     p = jax.nn.softmax(logits)
@@ -78,13 +73,11 @@ def _drawn_terms(draws, key, logits, numbers):
 
     return draws, one
 
-
 def _squares(logits, loss, draws, batch_size, params, examples, key):
     by_layers = is_chain(logits.origin, (nnx.Linear, nnx.Conv), params)
     gradient = 0 if by_layers else 3 * sum(leaf.size for leaf in jax.tree.leaves(params))
     size = batch_size or default_batch(logits, 5, gradient)
     return _summed(by_layers, logits, loss, draws, size, params, examples, key)
-
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _summed(by_layers, logits, loss, draws, batch_size, params, examples, key):
@@ -104,7 +97,6 @@ def shifted(network, params, images, shifts):
             y = y + shifts.get(layer.name, 0)
         x = y
     return x, (inputs, outputs)
-
 
 def _by_layers(logits, terms, params, images, labels, weights):
     """By signals at each layer's output; nothing as large as a gradient of an example is made."""
@@ -132,11 +124,9 @@ def _by_layers(logits, terms, params, images, labels, weights):
         out[layer.name] = _conv_squares(layer.module(params), a, by_place, factor.T)
     return _like(params, out)
 
-
 def _dense_squares(a, squares):
     """``a [n, in]``, weighted second derivatives ``[n, out]`` -> those of kernel and bias."""
     return {"kernel": (a**2).T @ squares, "bias": squares.sum(0)}
-
 
 def _conv_squares(module, a, signals, factor):
     """``a [n, h, w, in]``, signals ``[n, h', w', c, out]`` -> sums over examples.
@@ -156,11 +146,9 @@ def _conv_squares(module, a, signals, factor):
     kernel = kernel.reshape(-1, height, width, out).transpose(1, 2, 0, 3)
     return {"kernel": kernel, "bias": jnp.einsum("nco,nc->o", signals.sum((1, 2)) ** 2, factor)}
 
-
 def _like(params, found):
     """Drop what params does not have (a layer without a bias)."""
     return {name: {kind: found[name][kind] for kind in params[name]} for name in params}
-
 
 def _by_examples(logits, terms, params, images, labels, weights):
     """One gradient an example and class, one class after the other."""
@@ -209,7 +197,6 @@ def neuron(logits, loss, batch_size, params, examples):
     size = batch_size or max(1, min(500, 1_250_000 // widest**2))
     return mean_over_batches(batch, examples, size)
 
-
 def _maps(network, params):
     """For each named layer, the map from its output to the next one's, or to the logits."""
     links, name = {}, None
@@ -225,7 +212,6 @@ def _maps(network, params):
         return x
 
     return {name: partial(run, links[name]) for name in links}
-
 
 def _pull_back(function, z, gradient, hessian):
     """``Jᵀ H J + Σ_k g_k ∇²function_k`` for each example; J is the function's Jacobian at z."""

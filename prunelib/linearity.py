@@ -44,7 +44,6 @@ def dependence(forward: Function, params: Any) -> dict[str, int]:
         found[path] = max(_follow(forward.program, inputs))
     return found
 
-
 def _follow(program: ClosedJaxpr, inputs: list[int]) -> list[int]:
     jaxpr = getattr(program, "jaxpr", program)
     kinds = dict.fromkeys(jaxpr.constvars, NONE) | dict(zip(jaxpr.invars, inputs, strict=True))
@@ -56,7 +55,6 @@ def _follow(program: ClosedJaxpr, inputs: list[int]) -> list[int]:
         outputs = _through(equation, [kind(value) for value in equation.invars])
         kinds |= dict(zip(equation.outvars, outputs, strict=True))
     return [kind(value) for value in jaxpr.outvars]
-
 
 def _through(equation, inputs: list[int]) -> list[int]:
     name, most, count = equation.primitive.name, max(inputs, default=NONE), len(equation.outvars)

@@ -116,7 +116,6 @@ class Network:
                 x = nnx.Dropout(1 - keep, deterministic=False, rngs=rngs)(x)
         return x
 
-
 def _layer(entry) -> Layer:
     if callable(entry):
         return Layer(None, entry)
@@ -127,7 +126,6 @@ def _layer(entry) -> Layer:
             "a layer is a pure function of those; write a function instead", TypeError)  # fmt: skip
     kind = type(module) if _is_plain(module) else None
     return Layer(name, builder, graph, nnx.to_pure_dict(params), kind)
-
 
 def _is_plain(module) -> bool:
     """Whether a layer computes what its class is known for, in the precision of its inputs."""
@@ -152,8 +150,7 @@ def mlp(
 ) -> Network:
     """A fully connected network; by default that of the 2016 study (47,410 variables).
 
-    He initialisation, biases at zero (a recipe may ask for another start). Dropout, when training
-    asks for it, follows each hidden layer. `widths`: inputs first, classes last.
+    He initialisation, biases at zero. Dropout, when training asks for it, follows each hidden layer.
     """
     widths = tuple(widths)
     require(len(widths) > 1, f"widths: expected inputs, ..., classes, got {widths}")
@@ -206,11 +203,7 @@ def convolve(x, kernel, window_strides, padding, *, precision=None, **options) -
 
 
 def lenet5() -> Network:
-    """LeNet-5 as Han et al. (2015) prune it: the Caffe one, 431,080 variables.
-
-    Two 5x5 convolutions (20 and 50 filters, no padding), each with 2x2 max-pooling, then dense
-    layers of 500 and 10 units; one ReLU, after the first dense layer.
-    """
+    """LeNet-5 as Han et al. (2015) prune it: the Caffe one, with one ReLU; 431,080 variables."""
     he = {"kernel_init": jax.nn.initializers.he_normal()}
     conv = partial(nnx.Conv, kernel_size=(5, 5), padding="VALID", conv_general_dilated=convolve)
     dense1, dense2 = partial(nnx.Linear, 800, 500, **he), partial(nnx.Linear, 500, 10, **he)
@@ -225,8 +218,7 @@ def params_from_flat(flat: np.ndarray, network: Network | None = None) -> Params
     """A params pytree from one vector ``[p]`` in the order of the 2016 checkpoints.
 
     All weights, layer by layer (``W_1, W_2, W_3, W_4, W_final``), then all biases in the same
-    order; each matrix row by row, ``[inputs, outputs]``. By default of the study's network. Raises
-    ValueError, TypeError or FloatingPointError for another size, other types, or NaN.
+    order; each matrix row by row, ``[inputs, outputs]``. By default of the study's network.
     """
     shapes = (mlp() if network is None else network).shapes
     order = _flat_order(shapes)
@@ -245,7 +237,6 @@ def flat_from_params(params: Params) -> jax.Array:
     """The inverse of `params_from_flat`: one vector, all weights and then all biases."""
     checks.params(params)
     return jnp.concatenate([params[name][kind].ravel() for name, kind in _flat_order(params)])
-
 
 def _flat_order(layers: Params) -> list[tuple[str, str]]:
     return [(name, kind) for kind in ("kernel", "bias") for name in layers if kind in layers[name]]

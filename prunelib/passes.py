@@ -1,7 +1,4 @@
-"""One pass over the data: a compiled scan over batches, every example counted exactly once.
-
-And what it is given: the loss, and networks as `jit` should know them, by what they compute.
-"""
+"""One pass over the data, and what it is given: networks and losses, known by what they compute."""
 
 import re
 from collections.abc import Callable, Hashable, Iterator
@@ -38,9 +35,9 @@ class Function:
     """A function that is told from others by what it computes now, not by which object it is.
 
     `jit` keeps one compiled program for each static argument. A reader's function stays the same
-    object when a global or an attribute that it reads changes, and `jit` would go on running the
-    old program. This stands for it instead, and is another one when it computes something else.
-    `program` is the function as JAX traces it, for two examples; `origin` what the reader passed.
+    object when a global or an attribute that it reads changes, and `jit` would run the old program.
+    This stands for it, and is another one when it computes something else. `program` is the
+    function as JAX traces it, for two examples; `origin` what the reader passed.
     """
 
     def __init__(self, function: Callable, program: ClosedJaxpr, key: Hashable, origin: Any):
@@ -107,7 +104,6 @@ def known_loss(loss: Callable, forward: Function) -> Callable:
     require(good, f"loss: expected two losses for logits {logits.shape} and labels (2,), got "
             f"{shape}; leave the mean to this package")  # fmt: skip
     return Function(loss, program, _content(program), loss)
-
 
 def _content(program: ClosedJaxpr) -> Hashable:
     """What tells one program from another: its text, and the constants that the text leaves out."""

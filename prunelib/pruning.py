@@ -32,10 +32,9 @@ def magnitude(params: Any) -> Any:
 def obd_saliency(params: Any, diagonal: Any) -> Any:
     """``s_k = ½ h_kk w_k²``, in nats: the predicted rise of the loss when w_k goes to zero.
 
-    Source: equation 3, and step 4 of the procedure, in LeCun, Denker, Solla, "Optimal Brain
-    Damage", 1990. `diagonal` is the Hessian's, shaped like `params`; ValueError if it is not.
-    Raises FloatingPointError if it (or a score) is not finite, or zero everywhere: a ranking of
-    equal scores is the order of the indices, and says nothing about the parameters.
+    Equation 3, and step 4 of the procedure, in LeCun, Denker, Solla, "Optimal Brain Damage", 1990.
+    `diagonal` is the Hessian's, shaped like `params`. Raises FloatingPointError if it or a score
+    is not finite, or all are zero: a ranking of equal scores is the order of the indices.
     """
     checks.params(params)
     checks.params(diagonal, "diagonal")
@@ -73,14 +72,12 @@ def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
         2016 (a layer's weights and its biases are two arrays)
     prunable : pytree of bool, one a leaf; a leaf with False is never pruned (`weights_only`)
 
-    Returns int32, shaped like `scores`. Equal scores are ranked in the order of
-    ``jax.tree.leaves`` (dict keys sorted), and row by row within an array. On a CPU, scores below
-    the smallest normal number (1.2e-38 in float32) count as zero, and so as equal. Raises
-    ValueError, TypeError or FloatingPointError for an unknown scope, a `prunable` of another
-    structure, or scores that are not finite real numbers: NaN has no place in any order.
+    Returns int32, shaped like `scores`. Equal scores (on a CPU all below 1.2e-38) are ranked in the
+    order of ``jax.tree.leaves``, and row by row within an array. Raises ValueError, TypeError or
+    FloatingPointError for an unknown scope, a `prunable` of another structure, or scores that are
+    not finite real numbers: NaN has no place in any order.
     """
     return places(scores, scope, _checked(scores, scope, prunable))
-
 
 def _checked(scores, scope, prunable) -> tuple[bool, ...]:
     """For each leaf whether it may be pruned, if all arguments make sense."""
@@ -109,7 +106,6 @@ def places(scores: Any, scope: str, free: tuple[bool, ...]) -> Any:
         start += leaf.size * f
     return structure.unflatten(ranked)
 
-
 def _order(scores: jax.Array) -> jax.Array:
     numbers = jnp.arange(scores.size, dtype=jnp.int32)
     return jnp.zeros_like(numbers).at[jnp.argsort(scores, stable=True)].set(numbers)
@@ -132,11 +128,8 @@ def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) 
     """Which entries stay when the lowest `percent` of the scores go.
 
     A pytree of bool shaped like `scores`, True = kept. Of n prunable entries
-    ``floor(percent · n / 100)`` go, percent from 0 to 100, so what is pruned at one level is
-    pruned at every higher one. Parameters and errors are those of `ranks`.
-
-    >>> mask({"w": jnp.array([0.3, 0.1, 0.2, 0.4])}, percent=50)["w"].tolist()
-    [True, False, False, True]
+    ``floor(percent · n / 100)`` go, so what is pruned at one level is pruned at every higher one.
+    Parameters and errors are those of `ranks`.
     """
     free = _checked(scores, scope, prunable)
     below = limits(scores, percent, scope, free)
@@ -171,7 +164,6 @@ def evaluate(network, params: Any, examples: Examples, batch_size: int | None = 
     checks.finite("the loss", loss)
     return Measure(int(correct) / count(examples), float(loss))
 
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _evaluate(logits, batch_size, params, examples):
     def batch(images, labels, weights):
@@ -188,14 +180,10 @@ def accuracy_curve(
 ) -> pd.DataFrame:  # fmt: skip
     """Accuracy and loss over all `examples`, with the lowest scores pruned, level by level.
 
-    One compiled program serves every level, criterion, scope and set of weights. No retraining:
-    each level starts from `params`.
-
-    scores : pytree shaped like `params`; the lowest go first (`ranks` tells `scope`, `prunable`)
-    percents : the levels, percent pruned, each from 0 to 100, in any order
-
-    Returns a DataFrame, one row a level: `percent` pruned, `remaining` (100 minus that),
-    `accuracy` (a fraction) and `loss` (nats). Errors are those of `ranks` and `passes.forward`.
+    No retraining: each level, of `percents` pruned, starts from `params`. One compiled program
+    serves every level, criterion, scope and set of weights. Returns a DataFrame, one row a level:
+    `percent` pruned, `remaining` (100 minus that), `accuracy` (a fraction) and `loss` (nats).
+    Parameters and errors are those of `ranks` and `passes.forward`.
     """
     levels = list(percents)
     require(levels, "percents: there are none; pass for instance range(0, 100)")
@@ -212,7 +200,6 @@ def accuracy_curve(
     checks.finite("the loss of the pruned network", loss)
     table = {"percent": levels, "remaining": 100 - np.array(levels, float)}
     return pd.DataFrame({**table, "accuracy": correct / count(examples), "loss": loss})
-
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _pruned(logits, batch_size, params, order, below, examples):

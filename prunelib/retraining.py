@@ -46,12 +46,10 @@ CRITERIA = {
 
 
 class Retrained(NamedTuple):
-    """What `prune_and_retrain` went through, for each seed and round.
+    """What `prune_and_retrain` went through: masks ``[rounds, seeds, ...]``, the last params, and
 
     table : DataFrame, one row a seed and round: `seed`, `round`, `percent` pruned, `remaining`,
         `before` (accuracy after pruning and before retraining), `accuracy` and `loss` after it
-    kept : pytree of bool ``[rounds, seeds, ...]``
-    params : pytree ``[seeds, ...]``, after the last round
     """
 
     table: pd.DataFrame
@@ -67,9 +65,8 @@ def prune_and_retrain(
     """Prune, retrain under the mask, repeat: the procedure of the OBD paper (1990), section 2.
 
     In each round the parameters are scored and ranked, the lowest go, and the rest is retrained
-    for ``recipe.steps`` steps with a fresh optimizer. What is pruned stays pruned. A round that
-    asks for no more than the round before only retrains, so ``[90] * 5`` is one-shot pruning with
-    the retraining budget of five rounds.
+    with a fresh optimizer. What is pruned stays pruned. A round that asks for no more than the last
+    only retrains: ``[90] * 5`` is one-shot pruning with the retraining budget of five rounds.
 
     params : pytree ``[seeds, ...]``, trained networks, as in `training.Runs`
     percents : percent pruned after each round, never falling
@@ -78,8 +75,7 @@ def prune_and_retrain(
     seeds : for the order of the examples, dropout, and random scores
     scored_on : how many training examples, the first ones, the criterion sees; by default all
 
-    Errors are those of `training.fit` and `pruning.ranks`; and ValueError if `percents` falls or
-    is empty, or the leading axis of `params` is not as long as `seeds`.
+    Errors are those of `training.fit` and `pruning.ranks`, and ValueError for falling `percents`.
     """
     seeds, percents = checks.seeds(seeds), list(percents)
     score = criterion if callable(criterion) else CRITERIA.get(criterion)
@@ -123,7 +119,6 @@ def prune_and_retrain(
         masks.append(kept)
     masks = jax.tree.map(lambda *each: np.stack(each), *masks)
     return Retrained(pd.concat(rows, ignore_index=True), masks, params)
-
 
 def _each(function, *trees):
     """``function`` of one seed after the other, stacked: a pass over the data fills memory."""

@@ -1,8 +1,4 @@
-"""A pass over more examples than memory holds: chunk by chunk, and resumable.
-
-All that `passes` computes is a mean over examples, so the mean of chunks, each weighted by its
-number of examples, is the mean of all: the same functions, called once for each chunk.
-"""
+"""A pass over more examples than memory holds: chunk by chunk, and resumable."""
 
 import os
 import zlib
@@ -13,11 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from prunelib import checks, curvature, store
+from prunelib import checks, store
 from prunelib.checks import require
-from prunelib.data import Examples, collected, count, filled, place
+from prunelib.data import Examples, collected, count
 
 
 def chunks(examples: Examples, size: int = 10_000) -> Iterator[Examples]:
@@ -26,33 +21,6 @@ def chunks(examples: Examples, size: int = 10_000) -> Iterator[Examples]:
     checks.examples(examples)
     for start in range(0, len(examples.labels), size):
         yield Examples(*(None if x is None else x[start : start + size] for x in examples))
-
-
-def hessian_diagonal(
-    network, params: Any, chunks: Iterable[Examples], method: str | None = None, *,
-    mesh: Mesh | None = None, file: str | os.PathLike | None = None, every: int = 10, **options,
-) -> Any:  # fmt: skip
-    """`curvature.hessian_diagonal` (which tells the `options`) of a stream of any length.
-
-    Each chunk is one call, on the devices of `mesh` if one is given; a shorter chunk is filled up,
-    so that it compiles nothing. `file` and `every` are those of `mean`, errors those of both.
-    """
-    length = read = 0
-
-    def measure(chunk):
-        nonlocal length
-        length = max(length, len(chunk.labels))
-        chunk = filled(chunk, length) if mesh is None else place(chunk, mesh)
-        numbered = {"first": read} if method == "sampled" else {}
-        return curvature.hessian_diagonal(network, params, chunk, method, **options, **numbered)
-
-    def counted():
-        nonlocal read
-        for chunk in chunks:
-            yield chunk
-            read += count(chunk)  # also of chunks that a resumed pass does not measure again
-
-    return mean(measure, counted(), file=file, every=every)
 
 
 def mean(
@@ -101,25 +69,21 @@ def mean(
     parts = [jnp.asarray(p.reshape(np.shape(x)), dtype) for p, x in zip(parts, leaves, strict=True)]
     return checks.finite("the mean", structure.unflatten(parts))
 
-
 def _flat(value):
     """All numbers of a measure in one float64 vector, and the type in which to return them."""
     leaves = jax.tree.leaves(value)
     dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
     return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves]), dtype
 
-
 def _alike(one, two) -> bool:
     size = np.abs(one).max(initial=0)
     return one.shape == two.shape and np.allclose(one, two, rtol=1e-4, atol=1e-6 * size)
-
 
 def _digest(chunk: Examples, digest: int) -> int:
     images, labels, _ = collected(chunk)
     for array in (images, labels.astype(np.int64)):
         digest = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), digest)
     return digest
-
 
 def _read(file: Path | None):
     """The kept arrays and their record; None if there are none, or (with a warning) none whole."""
@@ -128,7 +92,6 @@ def _read(file: Path | None):
         return arrays and ({k: arrays[k] for k in ("sum", "first")}, record)
     except Exception as error:  # whatever is wrong with it, it can be computed again
         store.warn(f"{file} is damaged ({type(error).__name__}); the pass starts over")
-
 
 def _other(file: Path | None) -> str:
     return (f"chunks: the sum kept in {file} is of other chunks (or of more); pass the same stream "

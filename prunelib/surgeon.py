@@ -52,7 +52,6 @@ def refit(w: jax.Array, hessian: jax.Array, kept: jax.Array) -> jax.Array:
     """
     return _regress(hessian, hessian @ w, kept)
 
-
 def _regress(hessian, target, kept):
     """The x of zeros where `kept` is False with ``(H x)_R = target_R``."""
     both = kept[:, None] & kept[None, :]
@@ -180,17 +179,14 @@ def wanda(network, params: Any, examples: Examples) -> Any:
         found[name]["kernel"] = jnp.abs(layer["kernel"]) * size[:, None]
     return found
 
-
 def _unit_scores(inverse, unit):
     weights, curvature = unit
     places, prices = greedy(weights, inverse)
     order = jnp.argsort(places)
     return jnp.zeros_like(prices).at[order].set(jax.lax.cummax(prices[order])) * curvature
 
-
 def _damped(matrix, damping):
     return matrix + damping * jnp.mean(jnp.diagonal(matrix)) * jnp.eye(len(matrix), dtype=matrix.dtype)
-
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _moments(logits, params, dense, examples, name):
@@ -204,7 +200,6 @@ def _moments(logits, params, dense, examples, name):
 
     aa, az, a, z = mean_over_batches(batch, examples, default_batch(logits, 2))
     return aa - jnp.outer(a, a), az - jnp.outer(a, z), a, z
-
 
 @jax.jit
 def _fit(layer, kept, moments, damping):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 
 from prunelib import checks
 from prunelib.curvature import hessian_diagonal
@@ -43,13 +42,10 @@ def loss_change(
     and 0 for kept ones. ``gᵀδ`` and ``δᵀHδ`` come from differentiating along δ twice, forward over
     forward: no gradient is ever stored. All masks share one pass.
 
-    kept : pytree of bool shaped like `params`, True = kept. For several masks at once, each leaf
-        has the same leading axes in front, for instance ``[levels, ...]``
-    diagonal : the Hessian's, shaped like `params`; by default `curvature.hessian_diagonal`, with
-        its warning where that is not exact
-
-    Returns floats, or NumPy arrays of the masks' leading axes. Raises ValueError or TypeError if
-    the pytrees, network and examples do not match, FloatingPointError if anything is not finite.
+    `kept` is a mask, or several at once: then each leaf has the same leading axes in front, for
+    instance ``[levels, ...]``, and so have the terms. `diagonal` is the Hessian's, by default from
+    `curvature.hessian_diagonal`. Raises ValueError or TypeError if the pytrees, network and
+    examples do not match, FloatingPointError if anything is not finite.
     """
     checks.concrete("params, kept, examples", (params, kept, tuple(examples)))
     logits = forward(network, params, examples)
@@ -63,7 +59,6 @@ def loss_change(
     change = LossChange(first, own, half - own, actual - first - half, actual)
     return checks.finite("the loss change", change)
 
-
 def _masks(kept, params):
     """The axes that every leaf of `kept` has before those of `params`; and masks ``[m, ...]``."""
     checks.booleans(kept)
@@ -72,7 +67,6 @@ def _masks(kept, params):
     expected = jax.tree.map(lambda w: jax.ShapeDtypeStruct((*axes, *w.shape), bool), params)
     kept = checks.like("kept", kept, "params (after the axes over masks)", expected)
     return axes, jax.tree.map(lambda k, w: k.reshape(math.prod(axes), *w.shape), kept, params)
-
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _terms(logits, loss, batch_size, params, masks, diagonal, examples):
@@ -101,53 +95,5 @@ def _terms(logits, loss, batch_size, params, masks, diagonal, examples):
     first, half, actual = mean_over_batches(batch, examples, batch_size)
     return first, jax.lax.map(own, masks), half, actual
 
-
 def _push(function, delta, params):
     return jax.jvp(function, (params,), delta)
-
-
-def layer_terms(
-    network, params: Any, kept: Any, examples: Examples, *,
-    loss: Callable = cross_entropy, batch_size: int | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """Second-order terms by pairs of layers: ``½ δ_aᵀ H_ab δ_b``, rows and columns named.
-
-    A layer is what `params`, any pytree, branches into first. All entries add up to ``½ δᵀHδ``,
-    the `diagonal` plus the `cross` of `loss_change`. The table is half the Hessian of
-    ``c -> E(w + Σ_a c_a δ_a)`` at 0: one HVP for each layer, with δ in that layer only. Parameters
-    and errors are those of `loss_change`; `kept` is a single mask.
-    """
-    checks.concrete("params, kept, examples", (params, kept, tuple(examples)))
-    logits = forward(network, params, examples)
-    checks.booleans(kept)
-    kept = checks.like("kept", kept, "params", params)
-    names = _layers(params)
-    size, loss = batch_size or default_batch(logits, 8), known_loss(loss, logits)
-    found = _layer_terms(logits, loss, size, names, params, kept, examples)
-    layers = list(dict.fromkeys(names))
-    found = np.asarray(checks.finite("the layer terms", found), float)
-    return pd.DataFrame(found, index=layers, columns=layers)
-
-
-def _layers(params) -> tuple[str, ...]:
-    """For each leaf the name of its layer: its path up to where the pytree first branches."""
-    paths = [checks.names_of(path) for path, _ in jax.tree.leaves_with_path(params)]
-    depth = next((d for d in range(len(paths[0])) if len({p[: d + 1] for p in paths}) > 1), 0)
-    return tuple("/".join(path[depth : depth + 1]) or "params" for path in paths)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _layer_terms(logits, loss, batch_size, names, params, kept, examples):
-    layers, structure = list(dict.fromkeys(names)), jax.tree.structure(params)
-    places = structure.unflatten([layers.index(name) for name in names])
-
-    def batch(images, labels, weights):
-        def mean_loss(c):  # c_a = 1 prunes layer a
-            moved = jax.tree.map(
-                lambda w, k, a: jnp.where(k, w, w - c[a].astype(w.dtype) * w), params, kept, places
-            )
-            return weights @ loss(logits(moved, images), labels)
-
-        return 0.5 * jax.hessian(mean_loss)(jnp.zeros(len(layers), weights.dtype))
-
-    return mean_over_batches(batch, examples, batch_size)

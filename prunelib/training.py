@@ -19,9 +19,8 @@ from prunelib.passes import cross_entropy, forward
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained, on shuffled batches.
+    """How a network is trained, on shuffled batches; ValueError for numbers that make no sense.
 
-    steps, batch, learning_rate : optimizer steps, of so many examples each, at this rate
     optimizer : "adam", "adamw" or "sgd"; momentum is SGD's, eps that of the other two
     weight_decay : decoupled for AdamW; else added to the gradient, times the weight
     decay : whether the learning rate falls to zero along a cosine; else it is constant
@@ -30,8 +29,6 @@ class Recipe:
         leaves the start to the network
     summed : whether a batch's loss is the sum over its examples (as in 2016) or their mean
     held_out : how many training examples, the last ones, are left out (2016: 5,000)
-
-    Raises ValueError when it is made, if a number makes no sense or the optimizer is unknown.
     """
 
     steps: int
@@ -71,9 +68,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Runs:
-    """Networks trained by one recipe from several seeds.
+    """Networks trained by one recipe from several seeds; `params` have a leading axis over seeds.
 
-    params : pytree shaped like the network's params, with a leading axis over seeds
     history : DataFrame, one row a seed and point: `seed`, `step`, `loss` (mean over the batches
         since the last point, in nats) and `accuracy` (a fraction), both with dropout on
     """
@@ -102,8 +98,7 @@ def train(network, recipe: Recipe, examples: Examples, seeds: Sequence[int] = ra
     """Train one network for each seed: for its start, the order of its examples, and dropout.
 
     The network has ``init(key) -> params`` and ``apply(params, images) -> logits``; for a recipe
-    with dropout, ``apply(params, images, keep=..., key=...)``, as a `models.Network`. Training
-    runs on JAX's default device, wherever the examples are. Errors are those of `fit`.
+    with dropout, ``apply(params, images, keep=..., key=...)``. Errors are those of `fit`.
     """
     seeds = checks.seeds(seeds)
     require(hasattr(network, "init"), "network: it has no init(key) -> params; give it one, or "
@@ -121,7 +116,6 @@ def train(network, recipe: Recipe, examples: Examples, seeds: Sequence[int] = ra
     for name, values in (("loss", loss), ("accuracy", accuracy)):
         history[name] = values.reshape(-1, every).mean(1)
     return Runs(recipe, seeds, params, pd.DataFrame(history))
-
 
 def _start(network, std, key):
     params = network.init(key)
@@ -142,10 +136,9 @@ def fit(
     params : pytree ``[seeds, ...]``; keys : ``[seeds]``, for the order of examples, and dropout
     after, given : with ``after(given of a seed)``, an Optax transformation, after the recipe's own
 
-    Returns params ``[seeds, ...]``, and each batch's mean loss (nats) and accuracy (a fraction)
-    ``[seeds, steps]``. Raises ValueError or TypeError for fewer examples than a batch, dropout
-    that the network has no place for, and what `passes.forward` refuses; FloatingPointError if
-    training diverged.
+    Returns params, and each batch's mean loss (nats) and accuracy (a fraction) ``[seeds, steps]``.
+    Raises ValueError or TypeError for fewer examples than a batch, dropout that the network has no
+    place for, and what `passes.forward` refuses; FloatingPointError if training diverged.
     """
     one, count = jax.tree.map(lambda w: w[0], params), len(examples.labels)
     forward(network, one, examples)
@@ -185,7 +178,6 @@ def fit(
     params, (loss, accuracy) = together(params, keys, given, images, labels)
     checks.finite("training", {"loss": loss, "params": params})
     return params, np.asarray(loss), np.asarray(accuracy)
-
 
 def _check_dropout(apply, params, examples, recipe) -> None:
     """Raise ValueError unless the network's outputs depend on the key of dropout."""

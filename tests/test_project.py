@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 MODULES = sorted((ROOT / "prunelib").glob("*.py"))
 # Files in figures/ that no notebook saves together with a table.
-OTHER_FIGURES: set[str] = set()
+OTHER_FIGURES = {"vanishing.gif"}  # the film of lesson 05
 
 
 def run(*command, **options):

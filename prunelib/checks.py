@@ -103,7 +103,7 @@ def labels(value: Any, classes: int | None = None, name: str = "labels") -> None
             "take the argmax", TypeError)  # fmt: skip
     if classes is not None and not is_traced(value) and value.size:
         low, high = int(here(value).min()), int(here(value).max())
-        require(low >= 0 and high < classes, f"{name}: found {low} to {high} for {classes} classes; "
+        require(low >= 0 and high < classes, f"{name}: found {low} to {high}, classes: {classes}; "
                 "number them from 0, or make a wider last layer")  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def logits(shape: Any, examples: Any) -> None:
 def network(value: Any) -> Callable:
     """``value.apply``, or `value` itself if it is a function ``(params, images) -> logits``."""
     apply = getattr(value, "apply", value)
-    require(callable(apply), "network: expected a function (params, images) -> logits, or what has "
-            f"such an apply, got {type(value).__name__}; pass e.g. models.mlp()", TypeError)  # fmt: skip
+    require(callable(apply), "network: expected a function (params, images) -> logits, or one with "
+            f"such an apply, got {type(value).__name__}; pass models.mlp()", TypeError)  # fmt: skip
     return apply
 
 
@@ -169,8 +169,8 @@ def seeds(value: Any) -> tuple[int, ...]:
     found = list(value) if isinstance(value, Iterable) else [None]
     integers = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in found)
     good = found and integers and len(set(found)) == len(found)
-    require(good, f"seeds: expected distinct integers, got {value!r}; pass range(5) for five seeds, "
-            "or [5] for that one")  # fmt: skip
+    require(good, f"seeds: expected distinct integers, got {value!r}; pass range(5) for five, or [5] "
+            "for that one")  # fmt: skip
     return tuple(int(seed) for seed in found)
 
 

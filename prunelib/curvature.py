@@ -90,7 +90,7 @@ def _exact(method, logits, params, examples) -> str:
     where = ", ".join(path for path, kind in kinds.items() if kind == worst)
     how = "multiply themselves" if worst == SHARED else "do not enter piecewise linearly"
     warnings.warn(f"the Gauss-Newton diagonal is not the Hessian's: {where} {how}; "
-                  '"one_hot" is exact, and slow; "hutchinson" estimates it', stacklevel=3)  # fmt: skip
+                  '"one_hot" is exact and slow, "hutchinson" estimates', stacklevel=3)  # fmt: skip
     return method or "gauss_newton"
 
 @lru_cache(maxsize=64)

@@ -110,11 +110,10 @@ def scaled(images: jax.Array | np.ndarray) -> jax.Array:
 
 
 def place(examples: Examples, mesh: Mesh | None = None) -> Examples:
-    """Spread examples over a mesh (by default all devices of all processes): equal shares.
+    """Spread examples over a mesh (by default all devices of all processes) in equal shares.
 
-    What is then computed from them is computed where they are (see `passes.mean_over_batches`).
-    Copies of the last example fill up the devices, with ``real`` False. Each process passes the
-    same arrays. Raises ValueError if the mesh's axes are not of the type `Auto`.
+    What is then computed from them is computed where they are. Copies of the last example fill up
+    the devices, with ``real`` False. Each process passes the same arrays.
     """
     mesh = Mesh(np.array(jax.devices()), ("examples",)) if mesh is None else mesh
     auto = set(getattr(mesh, "axis_types", ())) == {AxisType.Auto}

@@ -61,11 +61,9 @@ CONTROLS = {
     "lenet300_sgd": Run(models.lenet300, replace(SGD, steps=10_000, batch=128), 3),
     "lenet5_sgd": Run(models.lenet5, replace(SGD, steps=3_750, learning_rate=0.02), 3),
     **{f"adam_eps{k}": Run(models.mlp, replace(PLAIN, eps=10.0**-k)) for k in (6, 5, 4, 3, 2)},
-    **{
-        f"fashion_{name}": RUNS[name]._replace(dataset="fashion_mnist")
-        for name in ("plain", "sgd", "sgd_decay", "adamw")
-    },
 }
+for _name in ("plain", "sgd", "sgd_decay", "adamw"):
+    CONTROLS[f"fashion_{_name}"] = RUNS[_name]._replace(dataset="fashion_mnist")
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ _ROUND = Recipe(steps=600, learning_rate=5e-3)
 
 def _plans() -> dict[str, Plan]:
     found = {"plain-random": Plan("plain", "random", _ROUND, ROUNDS)}
-    sgd = replace(SGD, steps=600)
+    sgd, fine = replace(SGD, steps=600), (25, 12, 8, 6, 4, 2, 1)
     for c in ("magnitude", "obd"):
         found[f"plain-{c}"] = Plan("plain", c, _ROUND, ROUNDS)
         found[f"plain-{c}-layer"] = Plan("plain", c, _ROUND, ROUNDS, scope="layer")
@@ -108,7 +106,6 @@ def _plans() -> dict[str, Plan]:
         found[f"sgd-{c}-by_adam"] = Plan("sgd", c, _ROUND, ROUNDS)
         found[f"sgd-{c}-by_sgd"] = Plan("sgd", c, sgd, ROUNDS)
         found[f"dropout-{c}"] = Plan("fair_dropout", c, replace(_ROUND, keep=0.8), ROUNDS)
-        fine = (25, 12, 8, 6, 4, 2, 1)
         found[f"lenet300-{c}"] = Plan("lenet300", c, replace(_ROUND, batch=128), fine)
         modest, levels = replace(_ROUND, steps=1000, learning_rate=1e-3), (25, 12, 8, 4, 2, 1)
         found[f"lenet5-{c}"] = Plan("lenet5", c, modest, levels, scored_on=SUBSET)
@@ -201,11 +198,6 @@ def _curves(plan: Curves) -> pd.DataFrame:
     network, (train, test) = run.network(), data.load(run.dataset)
     percents = [100 - level for level in plan.remaining]
 
-    def scored(criterion, params):
-        examples = train.first(SUBSET) if criterion == "subset" else train
-        score = CRITERIA["obd" if criterion == "subset" else criterion]
-        return score(network, params, examples, jax.random.key(0))
-
     def curve(params, scores, scope):
         found = pruning.accuracy_curve(network, params, scores, test, percents, scope)
         left = pd.concat([_counts(pruning.mask(scores, p, scope), axes=0) for p in percents])
@@ -215,7 +207,9 @@ def _curves(plan: Curves) -> pd.DataFrame:
         tables = []
         for criterion in plan.criteria:
             start = time.perf_counter()
-            scores = jax.block_until_ready(scored(criterion, params))
+            score = CRITERIA["obd" if criterion == "subset" else criterion]
+            some = train.first(SUBSET) if criterion == "subset" else train
+            scores = jax.block_until_ready(score(network, params, some, jax.random.key(0)))
             seconds = time.perf_counter() - start
             named = {"criterion": criterion, "recipe": plan.start, "seconds": seconds}
             tables += [curve(params, scores, s).assign(scope=s, **named) for s in plan.scopes]

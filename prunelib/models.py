@@ -150,7 +150,7 @@ def mlp(
 ) -> Network:
     """A fully connected network; by default that of the 2016 study (47,410 variables).
 
-    He initialisation, biases at zero. Dropout, when training asks for it, follows each hidden layer.
+    He initialisation, biases at zero. Dropout, if training asks for it, follows each hidden layer.
     """
     widths = tuple(widths)
     require(len(widths) > 1, f"widths: expected inputs, ..., classes, got {widths}")
@@ -194,7 +194,7 @@ def convolve(x, kernel, window_strides, padding, *, precision=None, **options) -
     """
     steps = (*window_strides, *options.get("lhs_dilation", ()), *options.get("rhs_dilation", ()))
     simple = {*steps, options.get("feature_group_count", 1)} == {1} and padding == "VALID"
-    require(simple, f"convolve: not for {window_strides}, {padding!r}, {options}; use nnx.Conv's own")
+    require(simple, f"convolve: not for {window_strides}, {padding!r}, {options}; use lax's own")
     kh, kw, _, out = kernel.shape
     height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
     patches = [x[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]

@@ -1,8 +1,5 @@
-"""Let the other weights move: Optimal Brain Surgeon and its heirs.
-
-OBD deletes a weight and leaves the others where they are. OBS moves them to where the quadratic
-model of the loss is lowest without it. Here for any Hessian; for a chain of dense layers, unit by
-unit, where the Hessian is that of a regression (OBC, SparseGPT, Wanda); and for a whole network.
+"""Let the other weights move, to where the quadratic model of the loss is lowest: for any Hessian;
+for a chain of dense layers, where each unit's is that of a regression; and for a whole network.
 
 References
 ----------
@@ -27,14 +24,12 @@ from prunelib.data import Examples
 from prunelib.gauss_newton import is_chain, shifted
 from prunelib.passes import default_batch, forward, mean_over_batches
 
-# For any Hessian ---------------------------------------------------------------------------------
-
 
 def step(w: jax.Array, inverse: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The best move when weight k goes, ``δ = -(w_k / M_kk) M e_k``, and its price [1]_.
 
-    `w` is ``[n]``, `inverse` M, the inverse Hessian ``[n, n]``; the price ``w_k² / (2 M_kk)`` is in
-    the units of the loss.
+    `w` is ``[n]``, `inverse` M, the inverse Hessian; the price, in units of the loss, is
+    ``w_k² / (2 M_kk)``.
     """
     return -(w[k] / inverse[k, k]) * inverse[:, k], w[k] ** 2 / (2 * inverse[k, k])
 
@@ -47,8 +42,8 @@ def without(inverse: jax.Array, k: int) -> jax.Array:
 def refit(w: jax.Array, hessian: jax.Array, kept: jax.Array) -> jax.Array:
     """The weights of lowest ``½ δᵀHδ`` that are zero where `kept` is False: a regression.
 
-    ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which the set S goes. All are ``[n]``, the
-    Hessian ``[n, n]``, positive definite on the kept weights.
+    ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which the set S goes. `w` and `kept` are
+    ``[n]``; the Hessian is positive definite on the kept weights.
     """
     return _regress(hessian, hessian @ w, kept)
 
@@ -63,8 +58,8 @@ def _regress(hessian, target, kept):
 def greedy(w: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The order in which the cheapest weight goes next, the others moving each time [2]_.
 
-    Returns for each of the n weights its place in that order, and the price paid when it went. The
-    inverse is never updated: with the columns taken out so far in U, it is ``M - U Uᵀ``.
+    Returns each weight's place in that order, and the price paid when it went. The inverse is never
+    updated: with the columns taken out so far in U, it is ``M - U Uᵀ``.
     """
     n = len(w)
 
@@ -76,7 +71,8 @@ def greedy(w: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
         column = jnp.where(alive, inverse[:, k] - taken @ taken[k], 0) / jnp.sqrt(diagonal[k])
         w = jnp.where(alive, w - w[k] / jnp.sqrt(diagonal[k]) * column, 0).at[k].set(0)
         taken = taken.at[:, number].set(column)
-        return (w, diagonal - column**2, taken, places.at[k].set(number), prices.at[k].set(price[k]))
+        places, prices = places.at[k].set(number), prices.at[k].set(price[k])
+        return w, diagonal - column**2, taken, places, prices
 
     start = (w, jnp.diagonal(inverse), jnp.zeros_like(inverse), jnp.full(n, n), jnp.zeros_like(w))
     return jax.lax.fori_loop(0, n, one, start)[3:]
@@ -85,8 +81,8 @@ def greedy(w: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
 def sparsegpt(weights: jax.Array, hessian: jax.Array, percent: float, block: int = 128):
     """SparseGPT's one pass over the inputs: each error is made up for by later inputs only [3]_.
 
-    `weights` ``[inputs, units]``, `hessian` ``[inputs, inputs]``. With ``U = chol(H⁻¹)ᵀ``, in each
-    block of inputs the lowest `percent` of ``w_i² / U_ii²`` go. Returns weights with zeros.
+    `weights` ``[inputs, units]``. With ``U = chol(H⁻¹)ᵀ``, in each block of inputs the lowest
+    `percent` of ``w_i² / U_ii²`` go. Returns weights with zeros.
     """
     upper = jnp.linalg.cholesky(jnp.linalg.inv(hessian)).T
     share = float(checks.percent(percent)) / 100
@@ -110,9 +106,6 @@ def sweep(weights, upper, kept, start=0):
     return jax.lax.scan(one, weights, jnp.arange(len(kept)))[0]
 
 
-# For a chain of dense layers ---------------------------------------------------------------------
-
-
 class Pruned(NamedTuple):
     """`params`, zero where the mask `kept` (a pytree of bool) is False."""
 
@@ -126,45 +119,42 @@ def layerwise(
 ) -> Pruned:  # fmt: skip
     """Prune `percent` of the weights of a chain of dense layers by OBS, unit by unit; biases stay.
 
-    A unit's Hessian is that of the regression of its pre-activation on the layer's inputs, their
-    covariance (the bias moves along), plus `damping` times its mean diagonal. See `scores` for the
-    ranking. The kept weights are fitted to the dense network's pre-activations: with `refit`, layer
-    after layer from the pruned network's own activations, else from the dense ones [2]_.
-
-    Raises ValueError for a network that is no chain of dense layers or an unknown `scope`, and what
+    Ranked by `scores`. The kept weights are fitted to the dense network's pre-activations, by the
+    covariance of the layer's inputs (the bias moves along) plus `damping` times its mean diagonal:
+    with `refit`, layer after layer from the pruned network's own activations, else from the dense
+    ones [2]_. Raises ValueError for a network that is no chain of dense layers, and what
     `passes.forward` and `pruning.mask` refuse.
     """
     ranked = scores(network, params, examples, damping)
     kept = pruning.mask(ranked, percent, scope, pruning.weights_only(params))
     found = pruning.masked(params, kept)
     logits = forward(network, params, examples)
-    for name in params:
+    for name, layer in params.items():
         inputs = _moments(logits, found if refit else params, params, examples, name)
-        layer = _fit(params[name], kept[name]["kernel"], inputs, damping)
-        found = found | {name: layer}
+        found = found | {name: _fit(layer, kept[name]["kernel"], inputs, damping)}
     return Pruned(checks.finite("the fitted weights", found), kept)
 
 
 def scores(network, params: Any, examples: Examples, damping: float = 0.01) -> Any:
     """What each weight costs when greedy OBS takes it, in nats; zero for biases.
 
-    The price in a unit's squared error, times the unit's own curvature ``E Σ_c (∂(s_cᵀz)/∂z_j)²``
-    (the exact diagonal at its bias), the one currency of all layers; along a unit's order a running
-    maximum, so that what goes first ranks first.
+    The price in the unit's squared error (a running maximum along its order, so that what goes
+    first ranks first) times its own curvature, the exact diagonal at its bias: the one currency of
+    all layers.
     """
     require(is_chain(network, (nnx.Linear,), params), "network: layer-wise OBS needs a models."
             "Network of plain nnx.Linear; convolutions would need patches")  # fmt: skip
     require(all("bias" in layer for layer in params.values()), "params: a layer has no bias")
-    require(0 < damping < np.inf, f"damping: expected a positive number, got {damping}; an input "
-            "that never varies has no inverse without it")  # fmt: skip
+    require(0 < damping < np.inf, f"damping: expected a positive number, got {damping}; without it "
+            "an input that never varies has no inverse")  # fmt: skip
     logits = forward(network, params, examples)
     curvature = hessian_diagonal(network, params, examples, "gauss_newton")
     found = {}
     for name, layer in params.items():
         covariance = _moments(logits, params, params, examples, name)[0]
         inverse = jnp.linalg.inv(_damped(covariance, damping))
-        units = partial(_unit_scores, inverse)
-        prices = jax.lax.map(units, (layer["kernel"].T, curvature[name]["bias"]), batch_size=25)
+        units = layer["kernel"].T, curvature[name]["bias"]
+        prices = jax.lax.map(partial(_unit_scores, inverse), units)
         found[name] = {"kernel": prices.T, "bias": jnp.zeros_like(layer["bias"])}
     return found
 
@@ -186,7 +176,7 @@ def _unit_scores(inverse, unit):
     return jnp.zeros_like(prices).at[order].set(jax.lax.cummax(prices[order])) * curvature
 
 def _damped(matrix, damping):
-    return matrix + damping * jnp.mean(jnp.diagonal(matrix)) * jnp.eye(len(matrix), dtype=matrix.dtype)
+    return matrix + damping * jnp.diagonal(matrix).mean() * jnp.eye(len(matrix), dtype=matrix.dtype)
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _moments(logits, params, dense, examples, name):
@@ -205,22 +195,16 @@ def _moments(logits, params, dense, examples, name):
 def _fit(layer, kept, moments, damping):
     """Ridge regression of the dense outputs on the kept inputs, towards the old weights."""
     covariance, cross, a, z = moments
-    ridge = damping * jnp.mean(jnp.diagonal(covariance))
     matrix = _damped(covariance, damping)
-    target = cross + ridge * layer["kernel"]
+    target = cross + (matrix - covariance) @ layer["kernel"]
     fit = jax.vmap(partial(_regress, matrix), in_axes=1, out_axes=1)
     kernel = jnp.where(kept, fit(target, kept), 0)
     return {"kernel": kernel, "bias": z - a @ kernel}
 
 
-# For a whole network -----------------------------------------------------------------------------
-
-
 def woodbury(diagonal: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The diagonal of ``(D + GᵀG)⁻¹``, without ever forming the matrix; in float64.
-
-    `diagonal` ``[p]`` is D, `rows` ``[m, p]`` is G: ``1/D_k - ‖L⁻¹g_k‖² / D_k²`` with
-    ``LLᵀ = I + G D⁻¹ Gᵀ``.
+    """The diagonal of ``(D + GᵀG)⁻¹``, D ``[p]``, G ``[m, p]``, in float64 and never as a matrix:
+    ``1/D_k - ‖L⁻¹g_k‖² / D_k²`` with ``LLᵀ = I + G D⁻¹ Gᵀ``.
     """
     diagonal, rows = np.asarray(diagonal, float), np.asarray(rows, float)
     lower = np.linalg.cholesky(np.eye(len(rows)) + (rows / diagonal) @ rows.T)
@@ -229,9 +213,9 @@ def woodbury(diagonal: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def whole(w: np.ndarray, diagonal: np.ndarray, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """`refit` for ``H = D + GᵀG`` of a whole network; arrays as in `woodbury`, `w` ``[p]``."""
-    w, kept = np.asarray(w, float), np.asarray(kept)
-    g, d = np.asarray(rows, float)[:, kept], np.asarray(diagonal, float)[kept]
-    right = g.T @ (np.asarray(rows, float)[:, ~kept] @ w[~kept])
+    w, rows, kept = np.asarray(w, float), np.asarray(rows, float), np.asarray(kept)
+    g, d = rows[:, kept], np.asarray(diagonal, float)[kept]
+    right = g.T @ (rows[:, ~kept] @ w[~kept])
     inner = np.eye(len(g)) + (g / d) @ g.T
     found = np.zeros_like(w)
     found[kept] = w[kept] + right / d - (g.T @ np.linalg.solve(inner, (g / d) @ right)) / d

@@ -186,6 +186,6 @@ def _check_dropout(apply, params, examples, recipe) -> None:
         one, two = (apply(params, images, keep=recipe.keep, key=jax.random.key(i)) for i in (0, 1))
     except TypeError:
         one = two = jnp.zeros(1)
-    require((one != two).any(), f"network, recipe: keep={recipe.keep}, but the network has no place "
-            "for dropout; put models.dropout_here among its layers (or give apply keep and key), "
+    require((one != two).any(), f"network, recipe: keep={recipe.keep}, but there is no place for "
+            "dropout; put models.dropout_here among its layers (or give apply keep and key), "
             "or use a recipe with keep=1")  # fmt: skip

@@ -169,7 +169,7 @@ def seeds(value: Any) -> tuple[int, ...]:
     found = list(value) if isinstance(value, Iterable) else [None]
     integers = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in found)
     good = found and integers and len(set(found)) == len(found)
-    require(good, f"seeds: expected distinct integers, got {value!r}; pass range(5) for five, or [5] "
+    require(good, f"seeds: expected distinct integers, got {value!r}; pass range(5), or [5] "
             "for that one")  # fmt: skip
     return tuple(int(seed) for seed in found)
 

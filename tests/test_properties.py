@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.flatten_util import ravel_pytree
+from reference import flat, problem, squared
 
 from prunelib import curvature, models, passes, pruning, taylor
 from prunelib.data import Examples
@@ -31,13 +31,9 @@ prunables = st.sampled_from([None, {n: {"bias": False, "kernel": True} for n in 
 def tree(numbers):
     """A pytree of float32 from a flat list, in the order of jax.tree.leaves."""
     parts = np.split(np.asarray(numbers, np.float32), np.cumsum(SIZES)[:-1])
-    shapes = [(4,), (5, 4), (3,), (4, 3)]
-    leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    return jax.tree.structure(SHAPES, is_leaf=lambda x: isinstance(x, tuple)).unflatten(leaves)
-
-
-def flat(found):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+    structure = jax.tree.structure(SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    shapes = jax.tree.leaves(SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    return structure.unflatten([p.reshape(s) for p, s in zip(parts, shapes, strict=True)])
 
 
 # Ranking and masks -------------------------------------------------------------------------------
@@ -56,13 +52,12 @@ def test_counts_are_exact_in_every_scope(numbers, level, scope, prunable):
     kept = pruning.mask(tree(numbers), float(level), scope, prunable)
     pruned = [int((~leaf).sum()) for leaf in jax.tree.leaves(kept)]
     free = [1, 1, 1, 1] if prunable is None else [0, 1, 0, 1]
+    sizes = [n * f for n, f in zip(SIZES, free, strict=True)]
     if scope == "layer":
-        expected = [math.floor(level * n * f / 100) for n, f in zip(SIZES, free, strict=True)]
-        assert pruned == expected
+        assert pruned == [math.floor(level * n / 100) for n in sizes]
     else:
-        sizes = sum(n * f for n, f in zip(SIZES, free, strict=True))
-        assert sum(pruned) == math.floor(Decimal(level) * sizes / 100)
-    assert all(p == 0 for p, f in zip(pruned, free, strict=True) if not f)
+        assert sum(pruned) == math.floor(Decimal(level) * sum(sizes) / 100)
+    assert all(p <= n for p, n in zip(pruned, sizes, strict=True))
 
 
 @given(distinct, distinct)
@@ -73,39 +68,13 @@ def test_ranks_move_with_their_scores(numbers, order):
     np.testing.assert_array_equal(moved, ranks[order])
 
 
-@given(distinct)
-def test_the_names_of_the_layers_do_not_matter(numbers):
-    scores = tree(numbers)
-    renamed = {"z": scores["dense1"], "a": scores["dense2"]}
-    ranks, found = pruning.ranks(scores), pruning.ranks(renamed)
-    np.testing.assert_array_equal(flat([ranks["dense1"], ranks["dense2"]]),
-                                  flat([found["z"], found["a"]]))  # fmt: skip
-
-
-MONOTONE = {
-    "shifted and scaled": lambda s: 3 * s - 7,
-    "cubed": lambda s: (s - 20) ** 3,
-    "logarithm": np.log1p,
-    "as integers": lambda s: s.astype(np.int32) - 5,
-}
-
-
-@given(st.one_of(distinct, tied.map(np.abs)), st.sampled_from(sorted(MONOTONE)), scopes)
-def test_only_the_order_of_scores_matters(numbers, name, scope):
-    scores = np.unique(numbers, return_inverse=True)[1]  # 0, 1, 2, ... with the same ties
-    one = pruning.ranks(tree(scores), scope)
-    two = pruning.ranks(jax.tree.map(MONOTONE[name], tree(scores)), scope)
-    np.testing.assert_array_equal(flat(one), flat(two))
-
-
 @given(tied, scopes)
 def test_ties_keep_the_order_of_the_tree(numbers, scope):
     """As NumPy's stable sort of the leaves one after the other; -0 and 0 are a tie."""
     found = pruning.ranks(tree(numbers), scope)
     parts = [flat(tree(numbers))] if scope == "all" else jax.tree.leaves(tree(numbers))
-    ranks = [flat([np.ravel(p)]).argsort(kind="stable").argsort(kind="stable") for p in parts]
+    ranks = [np.ravel(p).argsort(kind="stable").argsort(kind="stable") for p in parts]
     np.testing.assert_array_equal(flat(found), np.concatenate(ranks))
-    np.testing.assert_array_equal(flat(found), flat(pruning.ranks(tree(numbers), scope)))
 
 
 # Diagonals ---------------------------------------------------------------------------------------
@@ -115,10 +84,6 @@ seeds = st.integers(0, 2**31 - 1)
 few = settings(max_examples=12)
 
 
-def squared(logits, labels):
-    return ((logits - jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)) ** 2).sum(1)
-
-
 @cache  # the same object for the same numbers, so that it is compiled once
 def mixed(a, b):
     return lambda logits, labels: (
@@ -126,18 +91,13 @@ def mixed(a, b):
     )
 
 
-def problem(name, seed, n=5):
-    k1, k2, k3, k4 = jax.random.split(jax.random.key(seed), 4)
+def some(name, seed, n=5):
     network = NETWORKS[name]
-    params = jax.tree.map(
-        lambda w: w + 0.3 * jax.random.normal(k4, w.shape, jnp.float64), network.init(k1)
-    )
-    images = jax.random.normal(k2, (n, 3), jnp.float64)
-    return network, params, Examples(images, jax.random.randint(k3, (n,), 0, 2))
+    return network, *problem(network, seed, n, 3, 2)
 
 
 def diagonal(*args, **options):
-    return np.asarray(ravel_pytree(curvature.hessian_diagonal(*args, **options))[0])
+    return flat(curvature.hessian_diagonal(*args, **options))
 
 
 def close(found, expected):
@@ -150,10 +110,9 @@ def close(found, expected):
 )
 def test_methods_agree_on_any_network(name, seed, n, batch_size):
     with jax.enable_x64(True):
-        network, params, examples = problem(name, seed, n)
+        network, params, examples = some(name, seed, n)
         expected = diagonal(network, params, examples, "one_hot")
-        methods = ["neuron", "gauss_newton"] if name == "relu" else ["neuron"]
-        for method in methods:
+        for method in ["neuron", *["gauss_newton"] * (name == "relu")]:
             close(diagonal(network, params, examples, method, batch_size=batch_size), expected)
 
 
@@ -164,7 +123,7 @@ def test_diagonal_is_linear_in_the_loss(seed, weights, method):
     with jax.enable_x64(True):
         a, b = weights
         one, two, both = (
-            diagonal(*problem("relu", seed), method, loss=loss)
+            diagonal(*some("relu", seed), method, loss=loss)
             for loss in (passes.cross_entropy, squared, mixed(a, b))
         )
         close(both, a * one + b * two)
@@ -179,49 +138,27 @@ def test_diagonal_is_linear_in_the_loss(seed, weights, method):
 )
 def test_order_and_batching_of_examples_do_not_matter(seed, order, batch_size, method):
     with jax.enable_x64(True):
-        network, params, examples = problem("relu", seed)
+        network, params, examples = some("relu", seed)
         expected = diagonal(network, params, examples, method)
-        shuffled = Examples(examples.images[jnp.array(order)], examples.labels[jnp.array(order)])
+        shuffled = Examples(*(x[jnp.array(order)] for x in examples[:2]))
         close(diagonal(network, params, shuffled, method, batch_size=batch_size), expected)
 
 
-@few
-@given(seeds, st.sampled_from(["relu", "tanh"]))
-def test_data_twice_over_has_the_same_diagonal(seed, name):
-    """E is a mean: it knows shares, not counts."""
-    with jax.enable_x64(True):
-        network, params, examples = problem(name, seed)
-        twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), examples)
-        close(
-            diagonal(network, params, twice, "neuron"),
-            diagonal(network, params, examples, "neuron"),
-        )
-
-
-def test_hutchinson_is_unbiased_and_its_error_falls_as_one_over_the_root():
-    with jax.enable_x64(True):
-        network, params, examples = problem("tanh", 0)
-        expected = diagonal(network, params, examples, "neuron")
-        keys = jax.random.split(jax.random.key(1), 150)
-        spread = {}
-        for probes in (4, 16, 64):
-            sample = [
-                ravel_pytree(curvature.hutchinson_estimate(
-                    network, params, examples, probes=probes, key=key
-                ))[0] for key in keys
-            ]  # fmt: skip
-            means, errors = np.split(np.stack(sample), 2, axis=1)
-            root = np.sqrt(len(keys))
-            uncertain = means.std(0) > 1e-12
-            deviations = (means.mean(0) - expected)[uncertain] / means.std(0)[uncertain] * root
-            assert np.abs(deviations).max() < 4.5  # of 26 entries, in standard errors
-            np.testing.assert_allclose(means.mean(0)[~uncertain], expected[~uncertain], atol=1e-11)
-            spread[probes] = np.sqrt((means.var(0)).sum())
-            # the error it states is the error it has
-            stated = np.sqrt((errors**2).mean(0).sum())
-            assert stated == pytest.approx(spread[probes], rel=0.15)
-        assert spread[4] / spread[16] == pytest.approx(2, rel=0.15)
-        assert spread[16] / spread[64] == pytest.approx(2, rel=0.15)
+def test_hutchinson_is_unbiased_and_its_error_falls_as_one_over_the_root(x64):
+    network, params, examples = some("tanh", 0)
+    expected = diagonal(network, params, examples, "neuron")
+    keys = jax.random.split(jax.random.key(1), 150)
+    spread = {}
+    for probes in (4, 16, 64):
+        made = {"probes": probes, "method": "hutchinson"}
+        sample = np.stack([diagonal(network, params, examples, key=k, **made) for k in keys])
+        uncertain = sample.std(0) > 1e-12
+        away = (sample.mean(0) - expected)[uncertain] / sample.std(0)[uncertain] * np.sqrt(150)
+        assert np.abs(away).max() < 4.5  # of 26 entries, in standard errors
+        np.testing.assert_allclose(sample.mean(0)[~uncertain], expected[~uncertain], atol=1e-11)
+        spread[probes] = np.sqrt(sample.var(0).sum())
+    assert spread[4] / spread[16] == pytest.approx(2, rel=0.15)
+    assert spread[16] / spread[64] == pytest.approx(2, rel=0.15)
 
 
 # Nothing is changed in place ---------------------------------------------------------------------
@@ -243,19 +180,17 @@ FUNCTIONS = {
 }
 
 
-@settings(max_examples=5, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@settings(max_examples=3, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @pytest.mark.parametrize("name", FUNCTIONS)
 @given(seed=seeds)
 def test_params_are_never_changed(name, seed):
-    """Given as NumPy arrays, which could be."""
+    """Given as NumPy arrays, which could be. And the same call gives the same result."""
     generator = np.random.default_rng(seed)
     params, scores = (tree(generator.normal(size=COUNT)) for _ in range(2))
     before = copy.deepcopy((params, scores, tuple(EXAMPLES)))
     one, two = (FUNCTIONS[name](params, scores) for _ in range(2))
-    for found, expected in zip(
-        jax.tree.leaves((params, scores, tuple(EXAMPLES))), jax.tree.leaves(before), strict=True
-    ):
-        np.testing.assert_array_equal(found, expected)
-    # and the same call gives the same result
-    for found, expected in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    jax.tree.map(np.testing.assert_array_equal, (params, scores, tuple(EXAMPLES)), before)
+    if name == "accuracy_curve":
+        assert one.equals(two)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, one, two)

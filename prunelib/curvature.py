@@ -67,8 +67,8 @@ def hessian_diagonal(
     TypeError for bad arguments (see `passes.forward`) or a network that the method cannot do,
     FloatingPointError for what is not finite.
     """
-    checks.one_of("method", method or "one_hot", METHODS)
-    checks.whole("batch_size", batch_size or 1)
+    checks.one_of("method", "one_hot" if method is None else method, METHODS)
+    checks.whole("batch_size", 1 if batch_size is None else batch_size)
     logits = forward(network, params, examples)
     loss = known_loss(loss, logits)
     if method in (None, "gauss_newton", "sampled"):

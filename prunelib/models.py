@@ -4,6 +4,7 @@ A `Network` holds no weights. `init` makes them, `apply` uses them; between the 
 plain pytree, ``{"dense1": {"kernel": ..., "bias": ...}, ...}``, that anything may map over.
 """
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -47,8 +48,9 @@ class Layer(NamedTuple):
         """What the layer computes, if that cannot change: a plain module, a library's function."""
         if self.name:
             return (self.name, self.graph) if self.kind else None
-        home = (getattr(self.function, "__module__", None) or "").split(".")[0]
-        known = home in ("jax", "prunelib") and hasattr(self.function, "__name__")
+        home, name = (getattr(self.function, x, None) or "" for x in ("__module__", "__name__"))
+        theirs = home.split(".")[0] in ("jax", "prunelib")
+        known = theirs and getattr(sys.modules.get(home), name, None) is self.function
         return self.function if known else None
 
 

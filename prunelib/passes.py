@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -87,7 +88,14 @@ def forward(network: Any, params: Any, examples: Examples) -> Function:
     checks.logits(shape, examples)
     if known:
         _TRACED[known] = traced
-    return Function(from_pixels, program, known or _content(program), network)
+        return Function(from_pixels, program, known, network)
+    with_rules = jax.make_jaxpr(partial(_pushed, from_pixels))(avals, two)
+    return Function(from_pixels, program, _content(with_rules), network)
+
+
+def _pushed(function, first, second):
+    """A function and its derivative along its first argument, so that custom rules are traced."""
+    return jax.jvp(lambda first: function(first, second), (first,), (first,))
 
 
 _TRACED: dict[Hashable, tuple] = {}  # of fixed networks
@@ -103,7 +111,7 @@ def known_loss(loss: Callable, forward: Function) -> Callable:
     good = getattr(shape, "shape", None) == (2,)
     require(good, f"loss: expected two losses for logits {logits.shape} and labels (2,), got "
             f"{shape}; leave the mean to this package")  # fmt: skip
-    return Function(loss, program, _content(program), loss)
+    return Function(loss, program, _content(jax.make_jaxpr(partial(_pushed, loss))(*two)), loss)
 
 def _content(program: ClosedJaxpr) -> Hashable:
     """What tells one program from another: its text, and the constants that the text leaves out."""

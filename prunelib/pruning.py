@@ -92,9 +92,10 @@ def _checked(scores, scope, prunable) -> tuple[bool, ...]:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def places(scores: Any, scope: str, free: tuple[bool, ...]) -> Any:
+def places(scores: Any, scope: str, free: tuple[bool, ...] | None = None) -> Any:
     """`ranks` without its checks; `free` has a bool for each leaf."""
     leaves, structure = jax.tree.flatten(scores)
+    free = free or (True,) * len(leaves)
     if scope == "layer":
         return structure.unflatten([_order(leaf.ravel()).reshape(leaf.shape) for leaf in leaves])
     chosen = [leaf.ravel() for leaf, f in zip(leaves, free, strict=True) if f]
@@ -111,12 +112,13 @@ def _order(scores: jax.Array) -> jax.Array:
     return jnp.zeros_like(numbers).at[jnp.argsort(scores, stable=True)].set(numbers)
 
 
-def limits(scores: Any, percent: float, scope: str, free: tuple[bool, ...]) -> Any:
+def limits(scores: Any, percent: float, scope: str, free: tuple[bool, ...] | None = None) -> Any:
     """For each leaf, the rank below which its entries go: ``floor(percent · n / 100)``, exactly.
 
     n counts all leaves together (scope "all") or each by itself (scope "layer").
     """
     leaves, structure = jax.tree.flatten(scores)
+    free = free or (True,) * len(leaves)
     sizes = [leaf.size * f for leaf, f in zip(leaves, free, strict=True)]
     if scope == "all":
         sizes = [sum(sizes) * (size > 0) for size in sizes]
@@ -157,7 +159,7 @@ class Measure(NamedTuple):
 
 def evaluate(network, params: Any, examples: Examples, batch_size: int | None = None) -> Measure:
     """Accuracy and mean loss over all `examples`, as two floats; errors as `passes.forward`."""
-    checks.concrete("params, examples", (params, tuple(examples)))
+    checks.concrete("params, examples", (params, examples))
     logits = forward(network, params, examples)
     size = batch_size or default_batch(logits, 1)
     correct, loss = _evaluate(logits, size, params, examples)
@@ -187,7 +189,7 @@ def accuracy_curve(
     """
     levels = list(percents)
     require(levels, "percents: there are none; pass for instance range(0, 100)")
-    checks.concrete("params, scores, examples", (params, scores, tuple(examples)))
+    checks.concrete("params, scores, examples", (params, scores, examples))
     logits = forward(network, params, examples)
     scores = checks.like("scores", scores, "params", params)
     free = _checked(scores, scope, prunable)

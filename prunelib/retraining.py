@@ -89,7 +89,7 @@ def prune_and_retrain(
     good = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params)} == {(len(seeds),)}
     require(good, f"params: expected a leading axis over the {len(seeds)} seeds; pass runs.params "
             "and seeds=runs.seeds")  # fmt: skip
-    checks.whole("scored_on", scored_on or 1)
+    checks.whole("scored_on", 1 if scored_on is None else scored_on)
     train = jax.tree.map(jnp.asarray, collected(train))
     scored = train.first(scored_on or len(train.labels))
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
@@ -100,9 +100,8 @@ def prune_and_retrain(
         scores = score(network, params, scored, key)
         checks.scores(scores)
         scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
-        free = (True,) * len(jax.tree.leaves(scores))
-        below = pruning.limits(scores, percent, scope, free)
-        return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope, free), below)
+        below = pruning.limits(scores, percent, scope)
+        return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope), below)
 
     for number, percent in enumerate(percents):
         if percent > last:

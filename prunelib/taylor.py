@@ -47,7 +47,7 @@ def loss_change(
     `curvature.hessian_diagonal`. Raises ValueError or TypeError if the pytrees, network and
     examples do not match, FloatingPointError if anything is not finite.
     """
-    checks.concrete("params, kept, examples", (params, kept, tuple(examples)))
+    checks.concrete("params, kept, examples", (params, kept, examples))
     logits = forward(network, params, examples)
     axes, masks = _masks(kept, params)
     if diagonal is None:

@@ -184,7 +184,7 @@ def test_one_hot_warns_of_hours():
     network = models.mlp()
     params = network.init(jax.random.key(0))
     examples = Examples(np.zeros((60_000, 784), np.uint8), np.zeros(60_000, np.int32))
-    with pytest.raises(UserWarning, match=r"one_hot needs one pass .* for each parameter.*hours"):
+    with pytest.raises(UserWarning, match=r"one_hot .*hours"):
         hessian_diagonal(network, params, examples, "one_hot")
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prunelib import checks
 from prunelib.data import scaled
@@ -83,6 +84,10 @@ def _squares(logits, loss, draws, batch_size, params, examples, key):
 def _summed(by_layers, logits, loss, draws, batch_size, params, examples, key):
     """Σ_n weight_n Σ_c sign_nc (∂(s_ncᵀ z_n)/∂w)²."""
     terms = partial(_drawn_terms, draws, key) if draws else partial(loss_terms, loss)
+    mesh = jax.typeof(examples.images).sharding.mesh
+    if not by_layers and not mesh.empty:  # XLA shares out wrongly the gradients of convolutions
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        examples = jax.lax.with_sharding_constraint(examples, everywhere)
     of_batch = partial(_by_layers if by_layers else _by_examples, logits, terms, params)
     return mean_over_batches(of_batch, examples, batch_size)
 
@@ -152,19 +157,18 @@ def _like(params, found):
 
 def _by_examples(logits, terms, params, images, labels, weights):
     """One gradient an example and class, one class after the other."""
+    count, one = terms(logits(params, images), labels)
 
-    def of_one(image, label):
-        z, pull = jax.vjp(lambda p: logits(p, image[None]), params)
-        count, one = terms(z, label[None])
+    def square(image, vector):
+        gradient = jax.grad(lambda p: (logits(p, image[None])[0] * vector).sum())(params)
+        return jax.tree.map(jnp.square, gradient)
 
-        def add(total, c):
-            sign, vector = one(c)
-            return jax.tree.map(lambda t, g: t + sign[0] * g**2, total, pull(vector)[0]), None
+    def add(total, c):
+        sign, vectors = one(c)
+        squares, factor = jax.vmap(square)(images, vectors), weights * sign
+        return jax.tree.map(lambda t, s: t + jnp.tensordot(factor, s, 1), total, squares), None
 
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(count))[0]
-
-    squares = jax.vmap(of_one)(images, labels)
-    return jax.tree.map(lambda s: jnp.tensordot(weights, s, 1), squares)
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(count))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import dtypes, random
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -65,10 +66,11 @@ def forward(network: Any, params: Any, examples: Examples) -> Function:
     checks.params(params)
     checks.examples(examples)
     two = jax.ShapeDtypeStruct((2, *examples.images.shape[1:]), examples.images.dtype)
-    avals = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), params)
+    types = jax.tree.map(lambda w: jax.dtypes.canonicalize_dtype(w.dtype), params)
+    avals = jax.tree.map(lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype), params, types)
 
     def from_pixels(params, images):
-        params = jax.tree.map(lambda w, aval: w.astype(aval.dtype), params, avals)
+        params = jax.tree.map(lambda w, dtype: w.astype(dtype), params, types)
         logits = apply(params, scaled(images))
         if not jnp.issubdtype(getattr(logits, "dtype", bool), jnp.floating):
             return logits  # refused below
@@ -123,7 +125,9 @@ def _content(program: ClosedJaxpr) -> Hashable:
             values += value.consts if isinstance(value, ClosedJaxpr) else [value] * array
     if checks.is_traced(values):
         return object()  # not known yet: like nothing else
-    constants = tuple((str(v.dtype), v.shape, np.asarray(v).tobytes()) for v in values)
+    keys = [dtypes.issubdtype(v.dtype, dtypes.prng_key) for v in values]
+    plain = [random.key_data(v) if key else v for v, key in zip(values, keys, strict=True)]
+    constants = tuple((str(v.dtype), v.shape, np.asarray(v).tobytes()) for v in plain)
     return re.sub(" at 0x[0-9a-f]+", "", str(program)), constants
 
 

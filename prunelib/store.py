@@ -76,7 +76,7 @@ def write(file: Path, arrays: Arrays, settings: dict) -> None:
 
 def read(file: Path) -> tuple[Arrays, dict]:
     """The arrays and settings in `file`. Raises whatever is wrong; each array has a checksum."""
-    with np.load(file, allow_pickle=False) as found:
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
         names = [name for name in found.files if name != "settings"]
         arrays = {name.removeprefix("array/"): found[name] for name in names}
         return arrays, json.loads(str(found["settings"]))

@@ -45,11 +45,11 @@ def mean(
         seen, digest = seen + count(chunk), _digest(chunk, digest) if file else 0
         if kept is None or number == 1:
             value = measure(chunk)
-            flat, dtype = _flat(value)
+            (flat, dtype), shapes = _flat(value), jax.tree.map(np.shape, value)
             if number == 1:
-                first = flat
-            good = flat.shape == first.shape
-            require(good, "measure: expected values shaped alike for all chunks, and they are not")
+                first, alike = flat, shapes
+            require(shapes == alike, "measure: expected values shaped alike for all chunks, got "
+                    f"{shapes} after {alike}; return means over the examples")  # fmt: skip
             total = total + count(chunk) * flat
         if kept and number == 1 and not _alike(flat, kept[0]["first"]):
             store.warn(f"{file} is of another measure or other examples; the pass starts over")
@@ -62,8 +62,8 @@ def mean(
             store.keep(file, {"sum": total, "first": first}, record)
     require(kept is None, _other(file))  # the stream ended before the chunk up to which it is
     require(number, "chunks: there are none; make a new iterator, each serves only once")
-    if file:
-        file.unlink(missing_ok=True)
+    if file and file.exists():
+        file.unlink()
     leaves, structure = jax.tree.flatten(value)
     parts = np.split(total / seen, np.cumsum([np.size(leaf) for leaf in leaves])[:-1])
     parts = [jnp.asarray(p.reshape(np.shape(x)), dtype) for p, x in zip(parts, leaves, strict=True)]

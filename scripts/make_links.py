@@ -69,13 +69,16 @@ def notebook_table(paths: list[Path], measured: Path, icons: Path) -> str:
     """The table of lessons, with the time that `measured` has for each, and of the whole."""
     text = measured.read_text() if measured.exists() else ""
     rows = {row["notebook"]: row for row in csv.DictReader(text.splitlines())}
-    lines = ["| | lesson | the one question | time |", "| --- | --- | --- | --- |"]
+    lines = ["| | lesson | the one question |", "| --- | --- | --- |"]
+    if rows:
+        lines = ["| | lesson | the one question | time |", "| --- | --- | --- | --- |"]
     for path in paths:
         title, question = title_and_question(path)
         number = int(path.name[:2])
         time = duration(float(rows[path.stem]["seconds"])) if path.stem in rows else "–"
         lesson = f"[{number}. {title}](notebooks/{path.name})"
-        lines.append(f"| {icon(number, title, icons)} | {lesson} | {question} | {time} |")
+        line = f"| {icon(number, title, icons)} | {lesson} | {question} |"
+        lines.append(f"{line} {time} |" if rows else line)
     if whole := rows.get("all"):  # by the clock; and of those that ran at once
         lines += [
             "",

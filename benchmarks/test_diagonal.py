@@ -33,7 +33,7 @@ from prunelib import curvature, data, models, passes, training
 
 TABLE = Path(__file__).with_name("diagonal.csv")
 PROBES = 16
-SHORT = training.Recipe("benchmark", steps=300)  # any weights will do, but not the first ones
+SHORT = training.Recipe(steps=300)  # any weights will do, but not the first ones
 SHAPES = {  # layer widths, examples
     "study": ((784, 50, 50, 50, 50, 10), 60_000),
     "wide": ((784, 1000, 1000, 10), 2_000),
@@ -189,7 +189,6 @@ def matfree_monte_carlo(p):
 CANDIDATES = {
     ("prunelib", "gauss_newton"): prunelib("gauss_newton"),
     ("prunelib", "neuron"): prunelib("neuron"),
-    ("prunelib", "lecun1990"): prunelib("lecun1990"),
     ("prunelib", f"hutchinson, {PROBES} probes"): prunelib("hutchinson", probes=PROBES),
     ("BackPACK", "DiagGGNExact"): backpack_diagonal(DiagGGNExact, "diag_ggn_exact"),
     ("BackPACK", "DiagHessian"): backpack_diagonal(DiagHessian, "diag_h"),

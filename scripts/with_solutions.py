@@ -39,9 +39,11 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.ipynb"):
         old.unlink()
-    link = folder / "prunelib"  # made anew: a folder that was copied here links to another one
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(ROOT / "prunelib", folder.resolve()))
+    # What notebooks reach from where they are. Made anew: a folder that was copied here links to
+    # another one.
+    for link in (folder / "prunelib", folder.parent / "benchmarks"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(ROOT / link.name, link.parent.resolve()))
     (folder / "pyproject.toml").write_text("# figures.save looks for this file\n")
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb")):
         notebook = nbformat.read(path, as_version=4)

@@ -74,11 +74,12 @@ def booleans(mask: Any, name: str = "kept") -> None:
 
 def names_of(path: tuple) -> tuple[str, ...]:
     """A leaf's path as plain names, without what only wraps an array (an `nnx.Variable`)."""
-    names = []
-    for entry in path:
-        kinds = [getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)]
-        names.append(str(kinds[0] if kinds else entry))
-    return tuple(names[:-1] if names[-1:] == ["value"] else names)
+    wrapped = path and getattr(path[-1], "name", None) == "value"  # an attribute, not a key
+    kinds = ("key", "name", "idx")
+    return tuple(
+        str(next((getattr(entry, kind) for kind in kinds if hasattr(entry, kind)), entry))
+        for entry in (path[:-1] if wrapped else path)
+    )
 
 
 def like(name: str, tree: Any, reference_name: str, reference: Any) -> Any:

@@ -22,9 +22,9 @@ from jax.flatten_util import ravel_pytree
 
 from prunelib import checks
 from prunelib.data import Examples
-from prunelib.gauss_newton import gauss_newton, is_chain, neuron, sampled
-from prunelib.linearity import SHARED, SMOOTH, dependence
-from prunelib.passes import cross_entropy, default_batch, forward, known_loss, mean_over_batches
+from prunelib.gauss_newton import exact, gauss_newton, is_chain, is_smooth_chain, sampled
+from prunelib.linearity import bent
+from prunelib.passes import batch_of, cross_entropy, forward, known_loss, mean_over_batches
 
 
 def hvp(function: Callable, params: Any, vector: Any) -> Any:
@@ -46,56 +46,58 @@ def hessian_diagonal(
         =================  ============================================  =========================
         name               exact for                                     cost, in passes: one for
         =================  ============================================  =========================
+        exact              dense layers, any activations; and where the  each class; where it bends
+                           two below are exact and affordable            somewhat more (see `exact`)
         gauss_newton [2]_  piecewise-linear networks (ReLU, max-pool)    each class
-        neuron             chains of dense layers, any activation        about each neuron
         one_hot            everything                                    each parameter
         hutchinson [3]_    everything, on average                        each of ``probes=64``
         sampled [4]_       piecewise-linear networks, on average         each of ``draws=1``
         =================  ============================================  =========================
 
-        By default gauss_newton where that is the Hessian; else the exact neuron for a chain of
-        dense layers, or one_hot for a small network.
+        By default exact, or gauss_newton with a warning where nothing exact is affordable.
     loss : ``(logits [n, classes], labels [n]) -> [n]``, the loss of each example
     batch_size : examples in memory at a time (by default some 64 MB); it changes no result
     options : ``probes``, ``draws``; a ``key`` for those two (by default ``jax.random.key(0)``);
         ``first``, the number of the first example, for sampled; ``chunk=64``, the columns computed
         together, for one_hot
 
-    Returns a pytree shaped like `params`, at least float32, in nats per squared weight. Warns if
-    Gauss-Newton is not the Hessian because weights are used at several depths; or for smooth
-    activations, if no method was named and no exact one is affordable. Raises ValueError or
-    TypeError for bad arguments (see `passes.forward`) or a network that the method cannot do,
-    FloatingPointError for what is not finite.
+    Returns a pytree shaped like `params`, at least float32, in nats per squared weight. Warns where
+    Gauss-Newton is not the Hessian, if no method was named, or the network is piecewise linear in
+    its images (then weights are used at several depths, which is easily overlooked). Raises
+    ValueError or TypeError for bad arguments (see `passes.forward`) or a network that the method
+    cannot do, FloatingPointError for what is not finite.
     """
     checks.one_of("method", "one_hot" if method is None else method, METHODS)
     checks.whole("batch_size", 1 if batch_size is None else batch_size)
     logits = forward(network, params, examples)
     loss = known_loss(loss, logits)
-    if method in (None, "gauss_newton", "sampled"):
-        method = _exact(method, logits, params, examples)
+    if method in (None, "exact", "gauss_newton", "sampled"):
+        method = _resolved(method, logits, params, examples)
     wide = jax.tree.map(lambda w: w.astype(jnp.promote_types(w.dtype, jnp.float32)), params)
     found = METHODS[method](logits, loss, batch_size, wide, examples, **options)
     return checks.finite("the Hessian diagonal", found)
 
-def _exact(method, logits, params, examples) -> str:
-    """A method that is exact, if one is named or affordable; else Gauss-Newton and a warning."""
-    kinds = _dependence(logits, jax.tree.structure(params))
-    worst = max(kinds.values())
-    if worst < SHARED or (worst == SMOOTH and method is not None):
-        return method or "gauss_newton"
-    if method is None and worst == SMOOTH and is_chain(logits.origin, (nnx.Linear,), params):
-        return "neuron"
-    if method is None and _operations(params, examples) < 1e11:  # some seconds
-        return "one_hot"
-    where = ", ".join(path for path, kind in kinds.items() if kind == worst)
-    how = "multiply themselves" if worst == SHARED else "do not enter piecewise linearly"
-    warnings.warn(f"the Gauss-Newton diagonal is not the Hessian's: {where} {how}; "
-                  '"one_hot" is exact and slow, "hutchinson" estimates', stacklevel=3)  # fmt: skip
+def _resolved(method, logits, params, examples) -> str:
+    """What to run: for "exact", and by default, what is exact for this network and affordable."""
+    chain = is_chain(logits.origin, (nnx.Linear,), params)
+    found, smooth_chain = _facts(logits, jax.tree.structure(params), chain)
+    bends = [path for path in found if found[path] and path != "images"]
+    named = method in ("gauss_newton", "sampled")
+    if not bends or (named and found["images"]):  # of a smooth network one may well want it
+        return method if named else "gauss_newton"
+    if not named and (smooth_chain or _operations(params, examples) < 1e11):  # some seconds
+        return "exact" if smooth_chain else "one_hot"
+    why = ("the Gauss-Newton diagonal is not the Hessian's: " + ", ".join(bends)
+           + (" do not enter piecewise linearly; " if found["images"] else " multiply themselves; ")
+           + '"one_hot" is exact and slow, "hutchinson" estimates')  # fmt: skip
+    checks.require(method != "exact", f'method: not "exact" here but "gauss_newton"; {why}')
+    warnings.warn(why, stacklevel=3)
     return method or "gauss_newton"
 
 @lru_cache(maxsize=64)
-def _dependence(logits, structure):
-    return dependence(logits, structure.unflatten([0] * structure.num_leaves))
+def _facts(logits, structure, chain):
+    params = structure.unflatten(logits.program.in_avals[:-1])
+    return bent(logits, params), chain and is_smooth_chain(logits, params)
 
 def _operations(params, examples) -> float:
     """Of one Hessian-vector product for each parameter: about six a parameter and example."""
@@ -107,22 +109,17 @@ def one_hot(logits, loss, batch_size, params, examples, *, chunk: int = 64):
     checks.whole("chunk", chunk)
     hours = _operations(params, examples) / 3e10 / 3600
     if hours > 0.1:
-        warnings.warn(
-            f"one_hot needs one pass for each parameter, very roughly {hours:.1f} hours on two "
-            'cores; where they are exact, "gauss_newton" and "neuron" need seconds',
-            stacklevel=3,
-        )
-    size = batch_size or default_batch(logits, 4 * chunk)
+        warnings.warn(f"one_hot needs one pass for each parameter, very roughly {hours:.1f} hours "
+                      'on two cores; "exact" may need seconds', stacklevel=3)  # fmt: skip
+    size = batch_of(batch_size, logits, 4 * chunk)
     return _columns(logits, loss, size, params, examples, chunk)
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def _columns(logits, loss, batch_size, params, examples, chunk):
     flat, unravel, product = _product(logits, loss, batch_size, params, examples)
-
-    def entry(k):
-        return product(jnp.zeros_like(flat).at[k].set(1))[k]
-
-    return unravel(jax.lax.map(entry, jnp.arange(flat.size), batch_size=chunk))
+    places = jnp.arange(flat.size)
+    entry = partial(lambda k, zeros: product(zeros.at[k].set(1))[k], zeros=jnp.zeros_like(flat))
+    return unravel(jax.lax.map(entry, places, batch_size=chunk))
 
 
 def hutchinson(logits, loss, batch_size, params, examples, *, probes: int = 64, key=None):
@@ -133,7 +130,7 @@ def hutchinson(logits, loss, batch_size, params, examples, *, probes: int = 64, 
     """
     checks.whole("probes", probes)
     keys = jax.random.split(jax.random.key(0) if key is None else key, probes)
-    return _probed(logits, loss, batch_size or default_batch(logits, 5), params, examples, keys)
+    return _probed(logits, loss, batch_of(batch_size, logits, 5), params, examples, keys)
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _probed(logits, loss, batch_size, params, examples, keys):
@@ -158,5 +155,4 @@ def _product(logits, loss, batch_size, params, examples):
     return flat, unravel, product
 
 
-METHODS = {"gauss_newton": gauss_newton, "neuron": neuron, "one_hot": one_hot}
-METHODS |= {"hutchinson": hutchinson, "sampled": sampled}
+METHODS = {f.__name__: f for f in (exact, gauss_newton, one_hot, hutchinson, sampled)}

@@ -2,17 +2,20 @@
 
 The four files of MNIST are shipped in ``prunelib/mnist``. The first `load_mnist` lets TFDS verify
 and prepare them (some 20 s) and keeps the arrays in `store.cache_dir()`; later ones read those.
+Without TFDS or array_record, which Windows has not, the same arrays are read from the files.
 """
 
 import contextlib
 import gzip
 import hashlib
+import importlib
 import io
 import logging
 import os
 import struct
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,27 +167,28 @@ def _verified(name: str, arrays: store.Arrays) -> Splits:
 
 def _prepared(name: str, folder: Path | None) -> store.Arrays:
     """What TFDS prepares, and verifies by its checksums, read back: images and labels by split."""
-    import requests
-    import tensorflow_datasets as tfds
-
     with tempfile.TemporaryDirectory() as prepared, _quiet():
-        tfds.disable_progress_bar()
-        builder = _builder(name, prepared)
-        config = tfds.download.DownloadConfig(
-            manual_dir=folder, force_checksums_validation=True, try_download_gcs=False
-        )
         try:
+            try:
+                importlib.import_module("array_record.python.array_record_module")
+                import requests
+                import tensorflow_datasets as tfds
+            except Exception:  # not there, or it does not work here
+                return _read(folder or Path())
+            tfds.disable_progress_bar()
+            builder = _builder(name, prepared)
+            options = {"force_checksums_validation": True, "try_download_gcs": False}
+            config = tfds.download.DownloadConfig(manual_dir=folder, **options)
             for url, info in builder.url_infos.items():  # TFDS itself would try for minutes
                 file = folder and (folder / info.filename).stat()
                 file or requests.head(url, timeout=5).raise_for_status()
             # parquet loses rows; tfrecord needs TensorFlow
             builder.download_and_prepare(file_format="array_record", download_config=config)
+            return _split(builder, "train") | _split(builder, "test")
         except Exception as error:
-            raise DataError(
-                f"{name}: a file is missing, damaged or out of reach ({type(error).__name__}: "
-                f"{error}); pass a folder with the four original .gz files, or reinstall prunelib"
-            ) from error
-        return _split(builder, "train") | _split(builder, "test")
+            fault = f"a file is missing, damaged or out of reach ({type(error).__name__}: {error})"
+            remedy = "pass a folder with the four original .gz files, or reinstall prunelib"
+            raise DataError(f"{name}: {fault}; {remedy}") from error
 
 @contextlib.contextmanager
 def _quiet():
@@ -211,18 +215,29 @@ def _builder(name: str, folder: str) -> Any:
 
             def _split_generators(self, dl_manager):
                 urls = {info.filename: url for url, info in self.url_infos.items()}
-                files = dl_manager.download(urls)
-                kinds = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
-                return {
-                    split: self._generate_examples(*(_idx(files[f"{part}-{k}"]) for k in kinds))
-                    for split, part in (("train", "train"), ("test", "t10k"))
-                }
+                pairs = _pairs(dl_manager.download(urls).get)
+                return {split: self._generate_examples(*pair) for split, *pair in pairs}
 
             def _generate_examples(self, images, labels):
                 for key, (image, label) in enumerate(zip(images, labels, strict=True)):
                     yield key, {"image": PIL.Image.fromarray(image), "label": int(label)}
 
     return Builder(data_dir=folder)
+
+def _pairs(find: Callable[[str], os.PathLike]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Each split's name, images and labels, from the files that `find` gives for their names."""
+    for split, part in (("train", "train"), ("test", "t10k")):
+        yield split, *(_idx(find(f"{part}-{k}-ubyte.gz")) for k in ("images-idx3", "labels-idx1"))
+
+def _read(folder: Path) -> store.Arrays:
+    """The same without TFDS, which orders examples by the MD5 of their split's name and number."""
+    arrays = {}
+    for split, images, labels in _pairs(folder.joinpath):
+        keys = [hashlib.md5(f"{split}{i}".encode()).digest() for i in range(len(labels))]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        arrays[f"{split}/images"] = images.reshape(len(images), -1)[order]
+        arrays[f"{split}/labels"] = labels[order].astype(np.int32)
+    return arrays
 
 def _idx(file: os.PathLike) -> np.ndarray:
     """The bytes in a gzipped IDX file (big-endian header: 0, 0, 8, the rank, then the shape)."""
@@ -231,12 +246,9 @@ def _idx(file: os.PathLike) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 def _split(builder: Any, split: str) -> store.Arrays:
-    """One prepared split as arrays; the PNGs are decoded here."""
-    import PIL.Image
-    import tensorflow_datasets as tfds
-
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    """One prepared split as arrays."""
+    source = builder.as_data_source(split)
     records = source.__getitems__(range(len(source)))
-    images = [np.asarray(PIL.Image.open(io.BytesIO(r["image"]))).ravel() for r in records]
     labels = np.array([r["label"] for r in records], np.int32)
-    return {f"{split}/images": np.stack(images), f"{split}/labels": labels}
+    return {f"{split}/images": np.stack([r["image"].ravel() for r in records]),
+            f"{split}/labels": labels}

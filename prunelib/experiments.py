@@ -7,16 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prunelib import checks, data, models, pruning, store
-from prunelib.retraining import CRITERIA, prune_and_retrain
-from prunelib.training import Recipe, Runs, train
+from prunelib import checks, data, models, pruning, store, surgeon, taylor
+from prunelib.dropping import Dropping, drop_and_retrain
+from prunelib.retraining import CRITERIA, keep_pruned, prune_and_retrain
+from prunelib.training import Recipe, Runs, train, trainer
 
 VERSION = 1  # of the algorithms; raise it by hand when what they compute changes
 
@@ -26,13 +29,30 @@ DROPOUT_2016 = replace(PLAIN_2016, learning_rate=1e-5, keep=0.8)
 SGD = Recipe(steps=20_000, optimizer="sgd", learning_rate=0.05, momentum=0.9)
 
 
+def standardised(examples: data.Examples) -> data.Examples:
+    """Pixels with mean 0 and standard deviation 1 over MNIST, as is usual: black is -0.42."""
+    return examples._replace(images=(data.scaled(examples.images) - 0.1307) / 0.3081)
+
+
+def blanked(examples: data.Examples) -> data.Examples:
+    """MNIST without the 291 pixels that have ink in less than 1 % of the training images."""
+    seldom = (data.load_mnist().train.images > 0).mean(0) < 0.01
+    return examples._replace(images=np.where(seldom, 0, examples.images).astype(np.uint8))
+
+
 class Run(NamedTuple):
-    """A network, how it is trained, how many seeds, and on which of `data.SHA256`."""
+    """A network, how it is trained, how many seeds, on which of `data.SHA256`, and how prepared."""
 
     network: Callable
     recipe: Recipe
     seeds: int = 5
     dataset: str = "mnist"
+    prepared: Callable | None = None
+
+    def load(self) -> data.Splits:
+        """The run's data."""
+        splits = data.load(self.dataset)
+        return data.Splits(*map(self.prepared, splits)) if self.prepared else splits
 
 
 RUNS = {
@@ -61,10 +81,22 @@ CONTROLS = {
     "lenet300_sgd": Run(models.lenet300, replace(SGD, steps=10_000, batch=128), 3),
     "lenet5_sgd": Run(models.lenet5, replace(SGD, steps=3_750, learning_rate=0.02), 3),
     **{f"adam_eps{k}": Run(models.mlp, replace(PLAIN, eps=10.0**-k)) for k in (6, 5, 4, 3, 2)},
+    # The same on other pixels.
+    "blanked": Run(models.mlp, PLAIN, prepared=blanked),
+    "standardised": Run(models.mlp, PLAIN, prepared=standardised),
+    "standardised_sgd": Run(models.mlp, SGD, prepared=standardised),
 }
 for _name in ("plain", "sgd", "sgd_decay", "adamw"):
     CONTROLS[f"fashion_{_name}"] = RUNS[_name]._replace(dataset="fashion_mnist")
 
+# Where the LeNets' many rounds start; "_held" have not seen the images that choices are judged by.
+_DECAY = replace(SGD, weight_decay=5e-4)
+STARTS = {
+    "lenet300_decay": Run(models.lenet300, replace(_DECAY, steps=10_000, batch=128), 3),
+    "lenet5_decay": Run(models.lenet5, replace(_DECAY, steps=3_750, learning_rate=0.02), 3),
+}
+for _name, _known in list(STARTS.items()):
+    STARTS[f"{_name}_held"] = _known._replace(recipe=replace(_known.recipe, held_out=5000))
 
 @dataclass(frozen=True)
 class Plan:
@@ -82,13 +114,29 @@ class Plan:
     scored_on: int | None = None
 
 
+@dataclass(frozen=True)
+class Surgery:
+    """One cut of the weights, biases kept, without and with `surgeon.layerwise`'s update; then one
+    retraining, if any. Scored by the first `scored_on` images.
+    """
+
+    start: str
+    retraining: Recipe | None = None
+    remaining: tuple[float, ...] = (20, 10, 5, 2)
+    criteria: tuple[str, ...] = ("magnitude", "obd", "obs")
+    scored_on: int = 5000
+
+
 class Curves(NamedTuple):
-    """Pruning without retraining; "subset" is OBD by the first SUBSET examples."""
+    """Pruning without retraining; "subset" is OBD by the first SUBSET examples, "obs" is layer-wise
+    OBS with its update, of the weights alone. With `terms`, those of `taylor.loss_change` too.
+    """
 
     start: str
     remaining: tuple[float, ...] = (100, 90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 5, 2)
     criteria: tuple[str, ...] = ("magnitude", "obd", "random")
     scopes: tuple[str, ...] = ("all",)
+    terms: bool = False
 
 
 ROUNDS = (40, 20, 12, 8, 5, 2, 1, 0.5)
@@ -97,6 +145,7 @@ _ROUND = Recipe(steps=600, learning_rate=5e-3)
 
 def _plans() -> dict[str, Plan]:
     found = {"plain-random": Plan("plain", "random", _ROUND, ROUNDS)}
+    found["plain-obs-rounds"] = Plan("plain", "obs", _ROUND, ROUNDS)
     sgd, fine = replace(SGD, steps=600), (25, 12, 8, 6, 4, 2, 1)
     for c in ("magnitude", "obd"):
         found[f"plain-{c}"] = Plan("plain", c, _ROUND, ROUNDS)
@@ -109,16 +158,55 @@ def _plans() -> dict[str, Plan]:
         found[f"lenet300-{c}"] = Plan("lenet300", c, replace(_ROUND, batch=128), fine)
         modest, levels = replace(_ROUND, steps=1000, learning_rate=1e-3), (25, 12, 8, 4, 2, 1)
         found[f"lenet5-{c}"] = Plan("lenet5", c, modest, levels, scored_on=SUBSET)
+    return found | _many_rounds("lenet300") | _many_rounds("lenet5")
+
+def _many_rounds(name: str) -> dict[str, Plan]:
+    """Of a LeNet by some criteria; and magnitude by several learning rates and weight decays,
+    judged on held-out examples of the training set: that is how these two were chosen.
+    """
+    small, start = name == "lenet300", f"{name}_decay"
+    recipe = replace(SGD, steps=4000, batch=128) if small else replace(SGD, steps=2000)
+    held, few = replace(recipe, held_out=5000), (10, 4, 2, 1) if small else (10, 3, 1, 0.5)
+    found, (best, *others) = {}, CHOICES[name]
+    for rate, decay in (best, *others):
+        choice = replace(held, learning_rate=rate, weight_decay=decay)
+        plan = Plan(f"{start}_held", "magnitude", choice, few)
+        found[f"{name}-sgd-rate{rate:g}-decay{decay:g}"] = plan
+    recipe = replace(recipe, learning_rate=best[0], weight_decay=best[1])
+    for c in ("obs", "obd", "magnitude", "random")[: 4 if small else 3]:
+        some = None if small else SUBSET
+        found[f"{name}-sgd-{c}"] = Plan(start, c, recipe, LEVELS[name], scored_on=some)
     return found
 
 
+LEVELS = {
+    "lenet300": (40, 20, 10, 6, 4, 3, 2, 1.47, 1, 0.7, 0.5, 0.3),
+    "lenet5": (25, 10, 5, 3, 2, 1.3, 0.9, 0.7, 0.5, 0.36),
+}
+CHOICES = {  # learning rate and weight decay; the first was best on held-out examples
+    "lenet300": ((0.1, 5e-4), (0.2, 1e-4), (0.1, 1e-4), (0.05, 5e-4), (0.05, 1e-4)),
+    "lenet5": ((0.05, 5e-4), (0.05, 1e-4), (0.02, 5e-4), (0.02, 1e-4)),
+}
 PLANS = _plans()
+PICTURED = ("lenet300-sgd-obs", "lenet5-sgd-obs")  # their last networks are kept too
+SURGERY = {"plain-surgery": Surgery("plain", replace(_ROUND, steps=3000))}
+SURGERY["sgd-surgery"] = Surgery("sgd")
 _COMPARED = ("plain", "adamw", "sgd", "sgd_decay", "lenet300")
 CURVES = {f"{name}-curves": Curves(name) for name in (*_COMPARED, *CONTROLS)}
+_FEW = (100, 50, 30, 20, 10, 5)
+for _name in (k for k in RUNS | CONTROLS if k.removeprefix("fashion_") in _COMPARED):
+    _criteria = ("magnitude", "obd", "root", "recomputed")
+    CURVES[f"{_name}-recomputed"] = Curves(_name, _FEW, _criteria, terms=True)
+    if _name in ("plain", "sgd", "fashion_plain", "fashion_sgd"):
+        CURVES[f"{_name}-obs"] = Curves(_name, _FEW, ("obs",))
 CURVES["lenet5-without-retraining"] = Curves(
     "lenet5", (80, 60, 50, 40, 30, 20, 15, 10, 5), ("magnitude", "obd", "subset"), pruning.SCOPES
 )
-OUTCOMES = PLANS | CURVES
+_UNITS = {"lenet300": (300, (70, 50, 30, 20, 10), 5000), "lenet5": (150, (50, 20), 1000)}
+DROPPING = {f"{name}-units": Dropping(name, *rest) for name, rest in _UNITS.items()}
+for _name, _rest in _UNITS.items():  # SGD at its full rate diverges from what is left
+    DROPPING[f"{_name}_sgd-units"] = Dropping(f"{_name}_sgd", *_rest, rate=0.1)
+OUTCOMES = PLANS | CURVES | SURGERY | DROPPING
 
 
 def trained(name: str) -> Runs:
@@ -138,11 +226,25 @@ def outcome(name: str) -> pd.DataFrame:
     `accuracy` and `loss`; and how many entries of each array are left, by the array's path.
     """
     checks.one_of("name", name, OUTCOMES)
-    return pd.DataFrame(store.kept(name, _settings(name), lambda: _experiment(name)))
+    arrays = store.kept(name, _settings(name), lambda: _experiment(name))
+    return pd.DataFrame({k: v for k, v in arrays.items() if k[:7] not in ("params/", "rounds/")})
+
+
+def smallest(name: str) -> tuple:
+    """The networks at the end of a plan of PICTURED, and how many rounds each entry was kept.
+
+    Two pytrees of arrays ``[seeds, ...]``; what is pruned is zero. Masks nest: what was kept for
+    more than r rounds is the mask of round r + 1.
+    """
+    checks.one_of("name", name, PICTURED)
+    arrays = store.kept(name, _settings(name), lambda: _experiment(name))
+    found = unflatten_dict(arrays, sep="/")
+    return found["params"], found["rounds"]
 
 def _run(name: str) -> Run:
-    checks.one_of("name", name, RUNS | CONTROLS)
-    return (RUNS | CONTROLS)[name]
+    known = RUNS | CONTROLS | STARTS
+    checks.one_of("name", name, known)
+    return known[name]
 
 def _settings(name: str) -> dict:
     """What a kept run or outcome depends on, in words."""
@@ -150,33 +252,48 @@ def _settings(name: str) -> dict:
     run = _run(plan.start if plan else name)
     settings = {"version": VERSION, "network": run.network.__name__, "recipe": asdict(run.recipe)}
     settings |= {"seeds": run.seeds, "data": data.SHA256[run.dataset]["train/images"]}
+    if run.prepared:
+        settings["prepared"] = run.prepared.__name__
     if plan:
-        settings["plan"] = asdict(plan) if name in PLANS else plan._asdict()
+        fields = plan._asdict() if name in CURVES else asdict(plan)
+        settings["plan"] = {k: v for k, v in fields.items() if (k, v) != ("terms", False)}
     return settings
 
 def _train(name: str) -> store.Arrays:
     run = _run(name)
-    runs = train(run.network(), run.recipe, data.load(run.dataset).train, range(run.seeds))
+    runs = train(run.network(), run.recipe, run.load().train, range(run.seeds))
     history = {f"history/{column}": runs.history[column].to_numpy() for column in runs.history}
     return flatten_dict({"params": jax.device_get(runs.params)}, sep="/") | history
 
 def _experiment(name: str) -> store.Arrays:
     plan = OUTCOMES[name]
-    table = _rounds(plan) if name in PLANS else _curves(plan)
+    if name in PLANS:
+        table, networks = _rounds(plan, name in PICTURED)
+    else:
+        make = {Curves: _curves, Surgery: _surgery, Dropping: _dropping}[type(plan)]
+        table, networks = make(plan), {}
     numeric = set(table.select_dtypes("number"))
-    return {c: table[c].to_numpy(None if c in numeric else str) for c in table}
+    return {c: table[c].to_numpy(None if c in numeric else str) for c in table} | networks
 
-def _rounds(plan: Plan) -> pd.DataFrame:
+def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, store.Arrays]:
     run, runs = _run(plan.start), trained(plan.start)
-    network, (train, test) = run.network(), data.load(run.dataset)
+    network, (train, test) = run.network(), run.load()
+    if held := plan.retraining.held_out:
+        test = data.Examples(train.images[-held:], train.labels[-held:])
+    networks = {}
 
     def through(percents):
         found = prune_and_retrain(
             network, runs.params, train, test, percents, plan.retraining,
             plan.criterion, plan.scope, runs.seeds, plan.scored_on,
         )  # fmt: skip
+        if pictured:
+            rounds = jax.tree.map(lambda k: k.sum(0, dtype="int8"), found.kept)
+            last = {"params": jax.device_get(found.params), "rounds": rounds}
+            networks.update(flatten_dict(last, sep="/"))
         left = _counts(found.kept, axes=2)  # rounds, then seeds: the order of the table's rows
-        return pd.concat([found.table, left], axis=1)
+        table = found.table.assign(remaining=found.table.remaining.round(9))
+        return pd.concat([table, left], axis=1)
 
     def at_once(level):  # after pruning look at the first round, after retraining at the last
         rounds = through([100 - level] * (ROUNDS.index(level) + 1))
@@ -186,22 +303,68 @@ def _rounds(plan: Plan) -> pd.DataFrame:
     levels = plan.remaining
     parts = map(at_once, levels) if plan.one_shot else [through([100 - x for x in levels])]
     named = {"recipe": plan.start, "criterion": plan.criterion, "scope": plan.scope}
-    return pd.concat(parts, ignore_index=True).drop(columns=["round", "percent"]).assign(**named)
+    table = pd.concat(parts, ignore_index=True).drop(columns=["round", "percent"])
+    return table.assign(**named), networks
 
 def _counts(kept, axes: int) -> pd.DataFrame:
     """How many entries of each array of a mask are True, one row for each place in leading axes."""
     arrays = {"/".join(checks.names_of(path)): a for path, a in jax.tree.leaves_with_path(kept)}
     return pd.DataFrame({k: a.sum(tuple(range(axes, a.ndim))).ravel() for k, a in arrays.items()})
 
+def _surgery(plan: Surgery) -> pd.DataFrame:
+    run, runs = _run(plan.start), trained(plan.start)
+    network, (train, test) = run.network(), run.load()
+    some, keys = train.first(plan.scored_on), [jax.random.key(seed) for seed in runs.seeds]
+    dense = [runs.select(i) for i in range(len(keys))]
+    if plan.retraining:
+        retrain = trainer(network, plan.retraining, runs.params, train, keep_pruned)
+    free, tables = pruning.weights_only(dense[0]), []
+    for criterion in plan.criteria:
+        score = CRITERIA[criterion]
+        ranked = [score(network, w, some, key) for w, key in zip(dense, keys, strict=True)]
+        for level, update in product(plan.remaining, (0, 1)):
+            kept = [pruning.mask(scores, 100 - level, prunable=free) for scores in ranked]
+            pruned = [pruning.masked(*both) for both in zip(dense, kept, strict=True)]
+            if update:
+                pruned = [
+                    surgeon.layerwise(network, w, some, 100 - level, ranked=scores).params
+                    for w, scores in zip(dense, ranked, strict=True)
+                ]
+            kept, params = (jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (kept, pruned))
+            if plan.retraining:
+                params = retrain(params, jnp.stack(keys), kept)[0]
+            last = [jax.tree.map(lambda w, i=i: w[i], params) for i in range(len(keys))]
+            found = [pruning.evaluate(network, w, test) for w in last]
+            before = [pruning.evaluate(network, w, test).accuracy for w in pruned]
+            named = {"criterion": criterion, "update": update, "remaining": level}
+            rows = pd.DataFrame(found).assign(seed=runs.seeds, before=before, **named)
+            tables.append(pd.concat([rows, _counts(kept, axes=1)], axis=1))
+    return pd.concat(tables, ignore_index=True).assign(recipe=plan.start, scope="all")
+
+def _dropping(plan: Dropping) -> pd.DataFrame:
+    run, runs = _run(plan.start), trained(plan.start)
+    found = drop_and_retrain(run.network(), runs, plan, *data.load(run.dataset))
+    return found.assign(recipe=plan.start)
+
 def _curves(plan: Curves) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
-    network, (train, test) = run.network(), data.load(run.dataset)
+    network, (train, test) = run.network(), run.load()
     percents = [100 - level for level in plan.remaining]
 
-    def curve(params, scores, scope):
+    def curve(params, scores, scope, criterion):
+        if criterion == "obs":
+            levels = [surgeon.layerwise(network, params, train, p, ranked=scores) for p in percents]
+            found = pd.DataFrame([pruning.evaluate(network, w, test) for w, _ in levels])
+            left = pd.concat([_counts(kept, axes=0) for _, kept in levels], ignore_index=True)
+            return pd.concat([found.assign(remaining=plan.remaining), left], axis=1)
         found = pruning.accuracy_curve(network, params, scores, test, percents, scope)
-        left = pd.concat([_counts(pruning.mask(scores, p, scope), axes=0) for p in percents])
-        return pd.concat([found.drop(columns="percent"), left.reset_index(drop=True)], axis=1)
+        masks = [pruning.mask(scores, p, scope) for p in percents]
+        left = pd.concat([_counts(kept, axes=0) for kept in masks], ignore_index=True)
+        if plan.terms:
+            together = jax.tree.map(lambda *kept: jnp.stack(kept), *masks)
+            change = taylor.loss_change(network, params, together, train)
+            left = pd.concat([left, pd.DataFrame(change._asdict())], axis=1)
+        return pd.concat([found.drop(columns="percent"), left], axis=1)
 
     def curves(params):
         tables = []
@@ -212,7 +375,8 @@ def _curves(plan: Curves) -> pd.DataFrame:
             scores = jax.block_until_ready(score(network, params, some, jax.random.key(0)))
             seconds = time.perf_counter() - start
             named = {"criterion": criterion, "recipe": plan.start, "seconds": seconds}
-            tables += [curve(params, scores, s).assign(scope=s, **named) for s in plan.scopes]
+            for scope in plan.scopes:
+                tables.append(curve(params, scores, scope, criterion).assign(scope=scope, **named))
         return pd.concat(tables, ignore_index=True)
 
     return runs.map(curves)

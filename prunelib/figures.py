@@ -118,9 +118,11 @@ def stacked(ax, table: pd.DataFrame, names: dict[str, str] | None = None) -> Non
 
 
 def folder() -> Path:
-    """``figures/`` of the project around the working folder; of the working folder if none is."""
-    around = (Path.cwd(), *Path.cwd().parents)
-    return next((p for p in around if (p / "pyproject.toml").is_file()), Path.cwd()) / "figures"
+    """``figures/`` of the project (a folder with ``notebooks`` and ``pyproject.toml``) around the
+    working folder; of the working folder if there is none."""
+    parts, around = ("notebooks", "pyproject.toml"), (Path.cwd(), *Path.cwd().parents)
+    projects = (path for path in around if all((path / part).exists() for part in parts))
+    return next(projects, Path.cwd()) / "figures"
 
 
 def save(figure, name: str, table: pd.DataFrame) -> None:

@@ -1,23 +1,36 @@
-"""Exact diagonals by layers: a dense layer is linear in its weights, ``z_j = Σ_i a_i W_ij + b_j``,
-so ``∂²E/∂W_ij² = Σ_n a_ni² ∂²E/∂z_nj²``.
-"""
+"""Diagonals by layers: ``z_j = Σ_i a_i W_ij + b_j``, so ``∂²E/∂W_ij² = Σ_n a_ni² ∂²E/∂z_nj²``."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from prunelib import checks
 from prunelib.data import scaled
-from prunelib.passes import cross_entropy, default_batch, mean_over_batches
+from prunelib.linearity import is_unit_by_unit, slope, varies
+from prunelib.passes import batch_of, cross_entropy, mean_over_batches
 
 
 def is_chain(network, kinds, params) -> bool:
     """Whether a network is a chain of plain layers of these kinds, and functions."""
     known = getattr(network, "is_chain", False) and isinstance(params, dict)
     return known and all(layer.kind in kinds for layer in network.layers if layer.name)
+
+def _is_layered(logits, kinds, params) -> bool:
+    """Whether, besides, each example gives a dense layer one vector, ``[n, in] -> [n, out]``."""
+    if not is_chain(logits.origin, kinds, params):
+        return False
+    forward = partial(shifted, logits.origin, shifts={})
+    z = jax.eval_shape(forward, params, logits.program.in_avals[-1])[1][1]
+    return all(z[x.name].ndim == 2 for x in logits.origin.layers if x.kind is nnx.Linear)
+
+def is_smooth_chain(logits, params) -> bool:
+    """Whether `exact` knows the network: dense layers, and functions unit by unit between them."""
+    return _is_layered(logits, (nnx.Linear,), params) and all(
+        is_unit_by_unit(function, params[name]["kernel"].shape[1])
+        for name, function in _links(logits.origin).items()
+    )
 
 
 def gauss_newton(logits, loss, batch_size, params, examples):
@@ -28,7 +41,18 @@ def gauss_newton(logits, loss, batch_size, params, examples):
     ``∇²_z E = Σ_c s_c s_cᵀ``, of the softmax ``s_c = √p_c (e_c - p)``, it is a sum of squares:
     back-propagate each s_c, square, add.
     """
-    return _squares(logits, loss, 0, batch_size, params, examples, None)
+    return _squares(logits, loss, 0, False, batch_size, params, examples, None)
+
+
+def exact(logits, loss, batch_size, params, examples):
+    """The diagonal of the Hessian of a chain of dense layers, with any activations f.
+
+    The Hessian of an example's loss in a layer's pre-activations z is ``H = Aᵀ H' A + diag r``,
+    with H' the next layer's, ``A = ∂z'/∂z`` and ``r = f''(z) ⊙ ∂E/∂f(z)``. So its diagonal is
+    Gauss-Newton's and ``Σ_k r_mk (∂z_mk/∂z)²`` for this layer and each later one, m. With D hidden
+    layers of w units that costs (D - 1)(D - 2)/2 products ``[n, w] @ [w, w]`` for each of w units.
+    """
+    return _squares(logits, loss, 0, True, batch_size, params, examples, None)
 
 
 def sampled(logits, loss, batch_size, params, examples, *, draws: int = 1, key=None, first=0):
@@ -46,7 +70,7 @@ def sampled(logits, loss, batch_size, params, examples, *, draws: int = 1, key=N
     checks.whole("first", first, least=0)
     key = jax.random.key(0) if key is None else key
     numbered = examples._replace(labels=first + jnp.arange(len(examples.labels)))
-    return _squares(logits, loss, draws, batch_size, params, numbered, key)
+    return _squares(logits, loss, draws, False, batch_size, params, numbered, key)
 
 
 def loss_terms(loss, logits, labels):
@@ -74,22 +98,16 @@ def _drawn_terms(draws, key, logits, numbers):
 
     return draws, one
 
-def _squares(logits, loss, draws, batch_size, params, examples, key):
-    by_layers = is_chain(logits.origin, (nnx.Linear, nnx.Conv), params)
-    gradient = 0 if by_layers else 3 * sum(leaf.size for leaf in jax.tree.leaves(params))
-    size = batch_size or default_batch(logits, 5, gradient)
-    return _summed(by_layers, logits, loss, draws, size, params, examples, key)
-
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _summed(by_layers, logits, loss, draws, batch_size, params, examples, key):
-    """Σ_n weight_n Σ_c sign_nc (∂(s_ncᵀ z_n)/∂w)²."""
+def _squares(logits, loss, draws, bent, batch_size, params, examples, key):
+    """Σ_n weight_n Σ_c sign_nc (∂(s_ncᵀ z_n)/∂w)², and what a smooth chain's layers bend."""
     terms = partial(_drawn_terms, draws, key) if draws else partial(loss_terms, loss)
-    mesh = jax.typeof(examples.images).sharding.mesh
-    if not by_layers and not mesh.empty:  # XLA shares out wrongly the gradients of convolutions
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        examples = jax.lax.with_sharding_constraint(examples, everywhere)
-    of_batch = partial(_by_layers if by_layers else _by_examples, logits, terms, params)
-    return mean_over_batches(of_batch, examples, batch_size)
+    if _is_layered(logits, (nnx.Linear, nnx.Conv), params):
+        of_batch = partial(_by_layers, logits, terms, loss if bent else None, params)
+        return mean_over_batches(of_batch, examples, batch_of(batch_size, logits, 5))
+    gradients = 3 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = batch_of(batch_size, logits, 5, gradients)
+    return mean_over_batches(partial(_by_examples, logits, terms, params), examples, size)
 
 
 def shifted(network, params, images, shifts):
@@ -103,14 +121,24 @@ def shifted(network, params, images, shifts):
         x = y
     return x, (inputs, outputs)
 
-def _by_layers(logits, terms, params, images, labels, weights):
+def _links(network):
+    """For each named layer, the function from its output to the next one's input."""
+    links, name = {}, None
+    for layer in network.layers:
+        if layer.name:
+            name, links[layer.name] = layer.name, lambda z: z
+        elif name:
+            links[name] = lambda z, first=links[name], then=layer.function: then(first(z))
+    return links
+
+def _by_layers(logits, terms, loss, params, images, labels, weights):
     """By signals at each layer's output; nothing as large as a gradient of an example is made."""
     network = logits.origin
     forward = partial(shifted, network, params, images)
     shapes = jax.eval_shape(lambda: forward({})[1][1])
     zeros = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)
-    z, pull, (inputs, _) = jax.vjp(forward, zeros, has_aux=True)
-    count, one = terms(z, labels)
+    top, pull, (inputs, z) = jax.vjp(forward, zeros, has_aux=True)
+    count, one = terms(top, labels)
     conv = [layer for layer in network.layers if layer.kind is nnx.Conv]
 
     def add(dense, c):
@@ -119,19 +147,45 @@ def _by_layers(logits, terms, params, images, labels, weights):
         dense = {name: dense[name] + factor[:, None] * signals[name] ** 2 for name in dense}
         return dense, (factor, {layer.name: signals[layer.name] for layer in conv})
 
-    start = {name: z for name, z in zeros.items() if z.ndim == 2}
+    start = {name: zeros[name] for name in zeros if zeros[name].ndim == 2}
+    if loss:
+        top = jax.grad(lambda z: loss(z, labels).sum())(top)
+        start = _bent(network, params, z, pull(top)[0], top)
+        start = {name: weights[:, None] * start[name] for name in start}
     # Small matrix products gain by running on without a loop; convolutions compile slowly.
     unroll = 1 if conv else min(10, count)
     dense, (factor, signals) = jax.lax.scan(add, start, jnp.arange(count), unroll=unroll)
-    out = {name: _dense_squares(inputs[name], dense[name]) for name in dense}
+    out = {n: {"kernel": (inputs[n] ** 2).T @ q, "bias": q.sum(0)} for n, q in dense.items()}
     for layer in conv:
         a, by_place = inputs[layer.name], jnp.moveaxis(signals[layer.name], 0, -2)
         out[layer.name] = _conv_squares(layer.module(params), a, by_place, factor.T)
-    return _like(params, out)
+    return {n: {kind: out[n][kind] for kind in params[n]} for n in params}  # one may have no bias
 
-def _dense_squares(a, squares):
-    """``a [n, in]``, weighted second derivatives ``[n, out]`` -> those of kernel and bias."""
-    return {"kernel": (a**2).T @ squares, "bias": squares.sum(0)}
+def _bent(network, params, z, gradients, top):
+    """``Σ_{m ≥ l} Σ_k r_mk (∂z_mk/∂z_l)²`` for each layer l; from its z, ∂E/∂z and ∂E/∂logits."""
+    names, functions = list(z), _links(network).values()
+    kernels = [params[name]["kernel"] for name in names]
+    above = [gradients[name] @ params[name]["kernel"].T for name in names[1:]] + [top]
+    slopes = [slope(f)(z[name]) for f, name in zip(functions, names, strict=True)]
+    second = [slope(slope(f))(z[name]) for f, name in zip(functions, names, strict=True)]
+    r = jax.tree.map(jnp.multiply, second, above)  # f''(z) ⊙ ∂E/∂f(z)
+    found = list(r)  # m = l
+    for m in range(1, len(names)):  # m = l + 1, where ∂z_mk/∂z_l is a weight times a slope
+        found[m - 1] += slopes[m - 1] ** 2 * (r[m] @ (kernels[m] ** 2).T)
+
+    def from_unit(m, found, unit):  # m > l + 1: from one unit of m down, layer by layer
+        weights, r = unit
+        t, found = weights[None] * slopes[m - 1], list(found)
+        for below in range(m - 2, -1, -1):
+            t = (t @ kernels[below + 1].T) * slopes[below]
+            found[below] += r[:, None] * t**2
+        return found, None
+
+    for m, f in list(enumerate(functions))[2:]:
+        if varies(slope(f), [jax.typeof(r[m])]):  # else r is zero
+            units = kernels[m].T, r[m].T
+            found, _ = jax.lax.scan(partial(from_unit, m), found, units, unroll=10)
+    return dict(zip(names, found, strict=True))
 
 def _conv_squares(module, a, signals, factor):
     """``a [n, h, w, in]``, signals ``[n, h', w', c, out]`` -> sums over examples.
@@ -151,10 +205,6 @@ def _conv_squares(module, a, signals, factor):
     kernel = kernel.reshape(-1, height, width, out).transpose(1, 2, 0, 3)
     return {"kernel": kernel, "bias": jnp.einsum("nco,nc->o", signals.sum((1, 2)) ** 2, factor)}
 
-def _like(params, found):
-    """Drop what params does not have (a layer without a bias)."""
-    return {name: {kind: found[name][kind] for kind in params[name]} for name in params}
-
 def _by_examples(logits, terms, params, images, labels, weights):
     """One gradient an example and class, one class after the other."""
     count, one = terms(logits(params, images), labels)
@@ -169,57 +219,3 @@ def _by_examples(logits, terms, params, images, labels, weights):
         return jax.tree.map(lambda t, s: t + jnp.tensordot(factor, s, 1), total, squares), None
 
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(count))[0]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def neuron(logits, loss, batch_size, params, examples):
-    """Exact for any chain of dense layers, at one second derivative for each *neuron*.
-
-    The Hessian of each example's loss in a layer's pre-activations z is small (width x width). It
-    is pulled back from layer to layer, ``H ← Jᵀ H J + Σ_k g_k ∇²z_k``, where J and the second term
-    belong to the map from one layer's pre-activations to the next one's.
-    """
-    chain = is_chain(logits.origin, (nnx.Linear,), params)
-    checks.require(chain, 'network: "neuron" needs a models.Network of plain nnx.Linear; use '
-                   '"gauss_newton" or "one_hot"')  # fmt: skip
-    widest = max(layer["kernel"].shape[1] for layer in params.values())
-
-    def batch(images, labels, weights):
-        z, (inputs, outputs) = shifted(logits.origin, params, images, {})
-        maps = _maps(logits.origin, params)
-        gradient = jax.grad(lambda z: loss(z, labels).sum())(z)
-        count, one = loss_terms(loss, z, labels)
-        signs, vectors = jax.vmap(one, out_axes=1)(jnp.arange(count))
-        hessian, squares = jnp.einsum("nc,nci,ncj->nij", signs, vectors, vectors), {}
-        for name in reversed(inputs):
-            hessian = _pull_back(maps[name], outputs[name], gradient, hessian)
-            gradient = jax.vjp(maps[name], outputs[name])[1](gradient)[0]
-            second = weights[:, None] * jnp.diagonal(hessian, axis1=1, axis2=2)
-            squares[name] = _dense_squares(inputs[name], second)
-        return _like(params, squares)
-
-    size = batch_size or max(1, min(500, 1_250_000 // widest**2))
-    return mean_over_batches(batch, examples, size)
-
-def _maps(network, params):
-    """For each named layer, the map from its output to the next one's, or to the logits."""
-    links, name = {}, None
-    for layer in network.layers:
-        if name:
-            links[name].append(layer)
-        if layer.name:
-            name, links[layer.name] = layer.name, []
-
-    def run(layers, x):
-        for layer in layers:
-            x = layer(params, x)
-        return x
-
-    return {name: partial(run, links[name]) for name in links}
-
-def _pull_back(function, z, gradient, hessian):
-    """``Jᵀ H J + Σ_k g_k ∇²function_k`` for each example; J is the function's Jacobian at z."""
-    pull = jax.vmap(lambda rows: jax.vjp(function, z)[1](rows)[0], in_axes=1, out_axes=1)
-    whole = pull(pull(hessian).swapaxes(1, 2))  # (H J)ᵀ J = Jᵀ H J, as H is symmetric
-    bend = jax.hessian(lambda z, gradient: gradient @ function(z[None])[0])
-    return whole + jax.vmap(bend)(z, gradient)

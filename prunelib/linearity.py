@@ -1,75 +1,83 @@
-"""Whether each weight enters the logits piecewise linearly: read off the network's own program.
+"""What bends: whether the logits are piecewise linear in an array, read off their own program.
 
-Where it does, the Gauss-Newton diagonal *is* the Hessian's (Martens, JMLR 21, 2020, section 9).
-It does not behind a smooth activation, nor where one array is used at several depths, so that it
-multiplies itself.
+Where they are in each array of weights, the Gauss-Newton diagonal *is* the Hessian's (Martens,
+JMLR 21, 2020, section 9). They are not behind a smooth activation, nor where one array is used at
+several depths. JAX tells: it knows what has no derivative (a comparison, a choice, a rounding),
+follows rules that a function brings along (`jax.custom_jvp`), and writes nothing for what is zero.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Literal
+import jax.numpy as jnp
+from jax.extend.core import Literal, jaxpr_as_fun
 
-from prunelib.passes import Function
+from prunelib.passes import Function, equations
 
-NONE, LINEAR, SHARED, SMOOTH = range(4)  # how a value depends on an array of parameters
-
-# Linear in all their inputs together, or only choosing among them.
-_LINEAR = {
-    "add", "add_any", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy",
-    "cummax", "cummin", "cumsum", "dynamic_slice", "dynamic_update_slice", "expand_dims", "gather",
-    "max", "min", "abs", "neg", "optimization_barrier", "pad", "reduce_max", "reduce_min",
-    "reduce_precision", "reduce_sum", "reduce_window_max", "reduce_window_min",
-    "reduce_window_sum", "reshape", "rev", "scatter", "scatter-add", "select_and_gather_add",
-    "select_and_scatter_add", "select_n", "sharding_constraint", "slice", "sort", "split",
-    "squeeze", "stack", "sub", "tile", "top_k", "transpose", "unstack",
+_UNIT_BY_UNIT = {
+    "abs", "add", "add_any", "and", "asinh", "atan", "atan2", "bitcast_convert_type",
+    "broadcast_in_dim", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "cosh",
+    "custom_jvp_call", "custom_vjp_call", "div", "eq", "erf", "erfc", "exp", "exp2", "expm1",
+    "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "jit", "le", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "pjit",
+    "polynomial", "pow", "round", "rsqrt", "select_n", "sign", "sin", "sinh", "sqrt", "square",
+    "stop_gradient", "sub", "tan", "tanh",
 }  # fmt: skip
-_PRODUCT = {"mul", "dot_general", "conv_general_dilated"}
-# Constant almost everywhere.
-_STEPS = {"eq", "ne", "lt", "le", "gt", "ge", "sign", "floor", "ceil", "round", "argmax", "argmin",
-          "is_finite", "and", "or", "not"}  # fmt: skip
 
 
-def dependence(forward: Function, params: Any) -> dict[str, int]:
-    """How the logits depend on each array of `params`: NONE, LINEAR, SHARED or SMOOTH, by path.
+def bent(forward: Function, params: Any) -> dict[str, bool]:
+    """For each array of `params`, by path, and "images": whether the logits bend along it.
 
-    LINEAR is piecewise linear in each single weight. SHARED is an array that multiplies something
-    that depends on it, SMOOTH one behind a function that bends. Where the program does not tell,
-    the answer is the less favourable one.
+    False is piecewise linear. In doubt (two columns of one array that are multiplied) it is True.
     """
+    *weights, images = forward.program.in_avals
+    dtype = jnp.float32 if images.dtype == jnp.uint8 else images.dtype  # to differentiate
+    grey, structure = jax.ShapeDtypeStruct(images.shape, dtype), jax.tree.structure(params)
+
+    def gradients(signal, *arrays):
+        return jax.vjp(lambda *x: forward(structure.unflatten(x[:-1]), x[-1]), *arrays)[1](signal)
+
+    program = jax.make_jaxpr(gradients)(*forward.program.out_avals, *weights, grey)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
-    found = {}
-    for number, path in enumerate(paths):
-        inputs = [LINEAR if i == number else NONE for i in range(len(paths) + 1)]  # and the images
-        found[path] = max(_follow(forward.program, inputs))
-    return found
+    run = jaxpr_as_fun(program)
+    return {
+        path: varies(lambda *x, k=k: run(*x)[k], program.in_avals, k + 1)
+        for k, path in enumerate([*paths, "images"])
+    }
 
-def _follow(program: ClosedJaxpr, inputs: list[int]) -> list[int]:
-    jaxpr = getattr(program, "jaxpr", program)
-    kinds = dict.fromkeys(jaxpr.constvars, NONE) | dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def kind(value):
-        return NONE if isinstance(value, Literal) else kinds[value]
+def varies(function: Callable, inputs: Sequence[Any], at: int = 0) -> bool:
+    """Whether a function has a derivative along input number `at`; inputs are shapes and dtypes."""
 
-    for equation in jaxpr.eqns:
-        outputs = _through(equation, [kind(value) for value in equation.invars])
-        kinds |= dict(zip(equation.outvars, outputs, strict=True))
-    return [kind(value) for value in jaxpr.outvars]
+    def along(direction, *inputs):
+        before, x, after = inputs[:at], inputs[at], inputs[at + 1 :]
+        return jax.jvp(lambda x: function(*before, x, *after), (x,), (direction,))[1]
 
-def _through(equation, inputs: list[int]) -> list[int]:
-    name, most, count = equation.primitive.name, max(inputs, default=NONE), len(equation.outvars)
-    if most == NONE or name in _STEPS:
-        return [NONE] * count
-    if name in _LINEAR or (name == "div" and inputs[1] == NONE):
-        return [most] * count
-    if name in _PRODUCT:
-        return [max(SHARED, most) if min(inputs) > NONE else most] * count
-    inner = [v for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if (v := equation.params.get(key))]
-    if name == "scan":  # what is carried may grow from step to step
-        start = equation.params["num_consts"]
-        place = slice(start, start + equation.params["num_carry"])
-        while inputs[place] != (grown := list(map(max, inputs[place], _follow(inner[0], inputs)))):
-            inputs[place] = grown
-    if inner and len(getattr(inner[0], "jaxpr", inner[0]).invars) == len(inputs):
-        return _follow(inner[0], inputs)
-    return [SMOOTH] * count
+    program = jax.make_jaxpr(along)(inputs[at], *inputs).jaxpr
+    reached = {program.invars[0]}
+    for equation in program.eqns:
+        if any(not isinstance(x, Literal) and x in reached for x in equation.invars):
+            reached |= set(equation.outvars)
+    return any(not isinstance(x, Literal) and x in reached for x in program.outvars)
+
+
+def slope(function: Callable) -> Callable:
+    """The derivative of a function that works unit by unit, by its own rules."""
+
+
+    def derivative(z):
+        out, pull = jax.vjp(function, z)
+        return pull(jnp.ones_like(out))[0]
+
+    return derivative
+
+
+def is_unit_by_unit(function: Callable, units: int) -> bool:
+    """Whether, of ``[n, units]``, each output and its derivatives follow from one input alone.
+
+    Softmax or a norm do not. Where the program does not tell, the answer is no.
+    """
+    z = jax.ShapeDtypeStruct((2, units), jnp.float32)
+    program = jax.make_jaxpr(slope(slope(function)))(z)
+    return all(equation.primitive.name in _UNIT_BY_UNIT for equation in equations(program))

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Hashable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from jax import dtypes, random
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from prunelib import checks
 from prunelib.checks import require
@@ -65,7 +64,8 @@ def forward(network: Any, params: Any, examples: Examples) -> Function:
     apply = checks.network(network)
     checks.params(params)
     checks.examples(examples)
-    two = jax.ShapeDtypeStruct((2, *examples.images.shape[1:]), examples.images.dtype)
+    pixel = jax.dtypes.canonicalize_dtype(examples.images.dtype)
+    two = jax.ShapeDtypeStruct((2, *examples.images.shape[1:]), pixel)
     types = jax.tree.map(lambda w: jax.dtypes.canonicalize_dtype(w.dtype), params)
     avals = jax.tree.map(lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype), params, types)
 
@@ -90,14 +90,7 @@ def forward(network: Any, params: Any, examples: Examples) -> Function:
     checks.logits(shape, examples)
     if known:
         _TRACED[known] = traced
-        return Function(from_pixels, program, known, network)
-    with_rules = jax.make_jaxpr(partial(_pushed, from_pixels))(avals, two)
-    return Function(from_pixels, program, _content(with_rules), network)
-
-
-def _pushed(function, first, second):
-    """A function and its derivative along its first argument, so that custom rules are traced."""
-    return jax.jvp(lambda first: function(first, second), (first,), (first,))
+    return Function(from_pixels, program, known or _content(from_pixels, avals, two), network)
 
 
 _TRACED: dict[Hashable, tuple] = {}  # of fixed networks
@@ -113,10 +106,15 @@ def known_loss(loss: Callable, forward: Function) -> Callable:
     good = getattr(shape, "shape", None) == (2,)
     require(good, f"loss: expected two losses for logits {logits.shape} and labels (2,), got "
             f"{shape}; leave the mean to this package")  # fmt: skip
-    return Function(loss, program, _content(jax.make_jaxpr(partial(_pushed, loss))(*two)), loss)
+    return Function(loss, program, _content(loss, *two), loss)
 
-def _content(program: ClosedJaxpr) -> Hashable:
-    """What tells one program from another: its text, and the constants that the text leaves out."""
+def _content(function: Callable, first: Any, second: Any) -> Hashable:
+    """What a function and its derivative compute: their program's text, and its constants."""
+    try:  # with the derivative along the first argument, which custom rules may change
+        along = jax.make_jaxpr(lambda x, y: jax.jvp(lambda x: function(x, y), (x,), (x,)))
+        program = along(first, second)
+    except ValueError:  # it has none (a callback): then nothing asks for it
+        program = jax.make_jaxpr(function)(first, second)
     values = list(program.consts)
     for equation in equations(program):
         values += [np.asarray(x.val) for x in equation.invars if isinstance(x, Literal)]
@@ -140,8 +138,12 @@ def equations(program: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
                 yield from equations(value)
 
 
-def default_batch(forward: Function, parts: int, each: int = 0) -> int:
-    """How many examples of `parts` forward passes, and `each` floats more, are 64 MB in float32."""
+def batch_of(chosen: int | None, forward: Function, parts: int, each: int = 0) -> int:
+    """The reader's `batch_size`, if one was `chosen`; else so many examples that `parts` forward
+    passes of each, and `each` floats more, are 64 MB in float32.
+    """
+    if chosen is not None:
+        return chosen  # even 0, which is refused below
     sizes = (np.prod(out.aval.shape) for e in equations(forward.program) for out in e.outvars)
     floats = parts * sum(sizes) / 2 + each  # the program is that of two examples
     return int(np.clip(2**24 // max(1, floats), 1, 2500))
@@ -156,39 +158,44 @@ def mean_over_batches(
     fill the last batch; so a function that sums ``weights * (something per example)`` gets the
     exact mean over the data, whatever the batch size. What rounding adds to one sum is taken off
     the next (Kahan), so thousands of small batches are as exact as one. To be called inside `jit`.
-    Examples that are spread over a mesh (`data.place`) stay where they are: each batch takes as
-    many from each device, and only sums travel.
+    Examples that are spread over a mesh (`data.place`) stay where they are: each device goes over
+    its own, a share of `batch_size` at a time, and at the end the sums are added up.
     """
     checks.whole("batch_size", batch_size)
-    n, mesh = len(examples.labels), jax.typeof(examples.images).sharding.mesh
-    devices = 1 if mesh.empty or n % mesh.size else mesh.size
-    share = n // devices
-    batches = min(share, -(-n // batch_size))
-    size = -(-share // batches)  # equal batches: the least padding
-
-    def cut(x, mode="edge"):
-        """``[n, ...]`` -> ``[batches, devices * size, ...]``, and no device gives anything away."""
-        x = x.reshape(devices, share, *x.shape[1:])
-        x = jnp.pad(x, [(0, 0), (0, batches * size - share)] + [(0, 0)] * (x.ndim - 2), mode)
-        x = x.reshape(devices, batches, size, *x.shape[2:]).swapaxes(0, 1)
-        return x.reshape(batches, devices * size, *x.shape[3:])
-
+    (images, labels), mesh = examples[:2], jax.typeof(examples.images).sharding.mesh
+    devices = 1 if mesh.empty or len(labels) % mesh.size else mesh.size
     dtype = jnp.float32  # at least: in half precision the weights of 70,000 examples vanish
-    if jnp.issubdtype(examples.images.dtype, jnp.floating):
-        dtype = jnp.promote_types(examples.images.dtype, dtype)
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        dtype = jnp.promote_types(images.dtype, dtype)
     real = getattr(examples, "real", None)
-    weights = jnp.full(n, 1 / n, dtype) if real is None else real / real.sum(dtype=dtype)
-    batched = (cut(examples.images), cut(examples.labels), cut(weights, "constant"))
+    real = jnp.ones(len(labels), bool) if real is None else real
+    weights = real.astype(dtype) / real.sum(dtype=dtype)
 
-    def step(sums, batch):
-        total, excess = sums
-        value = jax.tree.map(jnp.subtract, function(*batch), excess)
-        more = jax.tree.map(jnp.add, total, value)
-        return (more, jax.tree.map(lambda m, t, v: (m - t) - v, more, total, value)), None
+    def on_one_device(*arrays):
+        n = len(arrays[0])
+        batches = min(n, -(-n * devices // batch_size))
+        size = -(-n // batches)  # equal batches: the least padding
 
-    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], batched))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (total, _), _ = jax.lax.scan(step, (zeros, zeros), batched)
+        def cut(x, mode="edge"):
+            x = jnp.pad(x, [(0, batches * size - n)] + [(0, 0)] * (x.ndim - 1), mode)
+            return x.reshape(batches, size, *x.shape[1:])
+
+        batched = *map(cut, arrays[:2]), cut(arrays[2], "constant")
+
+        def step(sums, batch):
+            total, excess = sums
+            value = jax.tree.map(jnp.subtract, function(*batch), excess)
+            more = jax.tree.map(jnp.add, total, value)
+            return (more, jax.tree.map(lambda m, t, v: (m - t) - v, more, total, value)), None
+
+        shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], batched))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(step, (zeros, zeros), batched)[0][0]
+
     if devices == 1:
-        return total
-    return jax.lax.with_sharding_constraint(total, NamedSharding(mesh, PartitionSpec()))
+        return on_one_device(images, labels, weights)
+    axes, everywhere = mesh.axis_names, PartitionSpec()
+    return jax.shard_map(  # unchecked: gradients within are each device's own, as is meant
+        lambda *share: jax.lax.psum(on_one_device(*share), axes), mesh=mesh,
+        in_specs=PartitionSpec(axes), out_specs=everywhere, check_vma=False,
+    )(images, labels, weights)  # fmt: skip

@@ -18,7 +18,8 @@ import pandas as pd
 from prunelib import checks
 from prunelib.checks import require
 from prunelib.data import Examples, count
-from prunelib.passes import cross_entropy, default_batch, forward, mean_over_batches
+from prunelib.passes import batch_of, cross_entropy, forward, mean_over_batches
+from prunelib.units import shrink as shrink  # by the units that a mask of theirs keeps
 
 SCOPES = ("all", "layer")
 
@@ -161,8 +162,7 @@ def evaluate(network, params: Any, examples: Examples, batch_size: int | None = 
     """Accuracy and mean loss over all `examples`, as two floats; errors as `passes.forward`."""
     checks.concrete("params, examples", (params, examples))
     logits = forward(network, params, examples)
-    size = batch_size or default_batch(logits, 1)
-    correct, loss = _evaluate(logits, size, params, examples)
+    correct, loss = _evaluate(logits, batch_of(batch_size, logits, 1), params, examples)
     checks.finite("the loss", loss)
     return Measure(int(correct) / count(examples), float(loss))
 
@@ -196,7 +196,7 @@ def accuracy_curve(
     below = [limits(scores, percent, scope, free) for percent in levels]
     order = places(scores, scope, free)
     examples = jax.tree.map(jnp.asarray, examples)  # on the device once, for all levels
-    size = batch_size or default_batch(logits, 1)
+    size = batch_of(batch_size, logits, 1)
     found = [_pruned(logits, size, params, order, limit, examples) for limit in below]
     correct, loss = (np.array(column, float) for column in zip(*found, strict=True))
     checks.finite("the loss of the pruned network", loss)

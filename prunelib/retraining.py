@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pandas as pd
 
-from prunelib import checks, pruning
+from prunelib import checks, pruning, surgeon
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples, collected
-from prunelib.training import Recipe, fit
+from prunelib.training import Recipe, trainer
 
 
 def keep_pruned(kept: Any) -> optax.GradientTransformation:
@@ -36,11 +36,34 @@ def keep_pruned(kept: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def recomputed(network, params: Any, examples: Examples, step: int = 5) -> Any:
+    """OBD with the curvature of what is left, measured anew after each `step` percent.
+
+    No retraining. The score, shaped like `params`, is the number of the step in which an entry
+    goes, and within it the place of ``½ h_kk w_k²``, so that `pruning.mask` finds all levels.
+    """
+    kept = scores = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for number, percent in enumerate(range(step, 100 + step, step)):
+        left = pruning.masked(params, kept)
+        saliency = pruning.obd_saliency(left, hessian_diagonal(network, left, examples))
+        alive = jax.tree.map(lambda k, s: jnp.where(k, s, -1), kept, saliency)
+        now = jax.tree.map(lambda place, n=number: n + place / total, pruning.ranks(alive))
+        scores = jax.tree.map(jnp.where, kept, now, scores)
+        kept = pruning.mask(alive, min(percent, 100))
+    return scores
+
+
 CRITERIA = {
     "magnitude": lambda network, params, examples, key: pruning.magnitude(params),
     "obd": lambda network, params, examples, key: pruning.obd_saliency(
         params, hessian_diagonal(network, params, examples)
     ),
+    "root": lambda network, params, examples, key: jax.tree.map(
+        lambda w, h: w**2 * jnp.sqrt(h), params, hessian_diagonal(network, params, examples)
+    ),
+    "obs": lambda network, params, examples, key: surgeon.scores(network, params, examples),
+    "recomputed": lambda network, params, examples, key: recomputed(network, params, examples),
     "random": lambda network, params, examples, key: pruning.random_scores(key, params),
 }
 
@@ -70,12 +93,12 @@ def prune_and_retrain(
 
     params : pytree ``[seeds, ...]``, trained networks, as in `training.Runs`
     percents : percent pruned after each round, never falling
-    recipe : how a round retrains; its `std` and `held_out` are not used
+    recipe : how a round retrains; its `std` is not used
     criterion : a key of CRITERIA, or ``(network, params, examples, key) -> scores``
     seeds : for the order of the examples, dropout, and random scores
     scored_on : how many training examples, the first ones, the criterion sees; by default all
 
-    Errors are those of `training.fit` and `pruning.ranks`, and ValueError for falling `percents`.
+    Errors are those of `training.trainer` and `pruning.ranks`; ValueError for falling `percents`.
     """
     seeds, percents = checks.seeds(seeds), list(percents)
     score = criterion if callable(criterion) else CRITERIA.get(criterion)
@@ -91,7 +114,8 @@ def prune_and_retrain(
             "and seeds=runs.seeds")  # fmt: skip
     checks.whole("scored_on", 1 if scored_on is None else scored_on)
     train = jax.tree.map(jnp.asarray, collected(train))
-    scored = train.first(scored_on or len(train.labels))
+    scored = train.first(scored_on or len(train.labels) - recipe.held_out)
+    retrain = trainer(network, recipe, params, train, keep_pruned)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     rows, masks, last = [], [], 0
@@ -110,7 +134,7 @@ def prune_and_retrain(
             params, last = pruning.masked(params, kept), percent
         before = _each(lambda w: pruning.evaluate(network, w, test), params)
         fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number + 1))(keys)
-        params, _, _ = fit(network, recipe, params, train, fresh, keep_pruned, kept)
+        params, _, _ = retrain(params, fresh, kept)
         after = _each(lambda w: pruning.evaluate(network, w, test), params)
         level = {"round": number + 1, "percent": percent, "remaining": 100 - percent}
         columns = {"seed": seeds, "before": before.accuracy, **after._asdict()}

@@ -25,7 +25,7 @@ def chunks(examples: Examples, size: int = 10_000) -> Iterator[Examples]:
 
 def mean(
     measure: Callable[[Examples], Any], chunks: Iterable[Examples], *,
-    file: str | os.PathLike | None = None, every: int = 10,
+    file: str | os.PathLike | None = None, every: int = 10, about: Any = None,
 ) -> Any:  # fmt: skip
     """The mean of ``measure(chunk)`` over all examples of all chunks; the sum is in float64.
 
@@ -33,16 +33,18 @@ def mean(
     `file` (an ``.npz``) the partial sum is kept there after `every` chunks, and a pass that was
     interrupted goes on from it when it is called again with the stream from its start: what was
     summed is only read again, to see that it is the same. Where the file is damaged, or of another
-    measure (by the first chunk's value) or stream, the pass starts over or ends, and says so. The
-    file goes when the pass is done. Raises ValueError if there are no chunks, others than before,
+    stream or measure (by the first chunk's value, and by `about`, a pytree of all arrays that the
+    measure depends on), the pass starts over or ends, and says so. The file goes when the pass is
+    done. Raises ValueError if there are no chunks, others than before,
     or values of another shape; FloatingPointError if the mean is not finite.
     """
     checks.whole("every", every)
     file = None if file is None else Path(file).expanduser()
     kept, total, seen, digest, number = _read(file), 0.0, 0, 0, 0
+    about = _digest(jax.tree.leaves(about), 0)
     for number, chunk in enumerate(chunks, 1):
         checks.examples(chunk)
-        seen, digest = seen + count(chunk), _digest(chunk, digest) if file else 0
+        seen, digest = seen + count(chunk), _digest(collected(chunk)[:2], digest) if file else 0
         if kept is None or number == 1:
             value = measure(chunk)
             (flat, dtype), shapes = _flat(value), jax.tree.map(np.shape, value)
@@ -51,14 +53,15 @@ def mean(
             require(shapes == alike, "measure: expected values shaped alike for all chunks, got "
                     f"{shapes} after {alike}; return means over the examples")  # fmt: skip
             total = total + count(chunk) * flat
-        if kept and number == 1 and not _alike(flat, kept[0]["first"]):
+        same = kept and kept[1].get("about") == about and _alike(flat, kept[0]["first"])
+        if kept and number == 1 and not same:
             store.warn(f"{file} is of another measure or other examples; the pass starts over")
             kept = None
         if kept and number == kept[1]["chunks"]:
             require((seen, digest) == (kept[1]["seen"], kept[1]["digest"]), _other(file))
             total, kept = kept[0]["sum"], None
         elif kept is None and file and number % every == 0:
-            record = {"chunks": number, "seen": seen, "digest": digest}
+            record = {"chunks": number, "seen": seen, "digest": digest, "about": about}
             store.keep(file, {"sum": total, "first": first}, record)
     require(kept is None, _other(file))  # the stream ended before the chunk up to which it is
     require(number, "chunks: there are none; make a new iterator, each serves only once")
@@ -79,10 +82,9 @@ def _alike(one, two) -> bool:
     size = np.abs(one).max(initial=0)
     return one.shape == two.shape and np.allclose(one, two, rtol=1e-4, atol=1e-6 * size)
 
-def _digest(chunk: Examples, digest: int) -> int:
-    images, labels, _ = collected(chunk)
-    for array in (images, labels.astype(np.int64)):
-        digest = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), digest)
+def _digest(arrays: Iterable[Any], digest: int) -> int:
+    for array in arrays:
+        digest = zlib.crc32(np.ascontiguousarray(array).tobytes(), digest)
     return digest
 
 def _read(file: Path | None):

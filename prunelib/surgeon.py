@@ -1,5 +1,5 @@
 """Let the other weights move, to where the quadratic model of the loss is lowest: for any Hessian;
-for a chain of dense layers, where each unit's is that of a regression; and for a whole network.
+for a chain of layers, where each unit's is that of a regression; and for a whole network.
 
 References
 ----------
@@ -22,14 +22,12 @@ from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples
 from prunelib.gauss_newton import is_chain, shifted
-from prunelib.passes import default_batch, forward, mean_over_batches
+from prunelib.passes import batch_of, forward, mean_over_batches
 
 
 def step(w: jax.Array, inverse: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The best move when weight k goes, ``δ = -(w_k / M_kk) M e_k``, and its price [1]_.
-
-    `w` is ``[n]``, `inverse` M, the inverse Hessian; the price, in units of the loss, is
-    ``w_k² / (2 M_kk)``.
+    """The best move when weight k goes, ``δ = -(w_k / M_kk) M e_k``, and its price in units of the
+    loss, ``w_k² / (2 M_kk)`` [1]_; `w` is ``[n]``, `inverse` M, the inverse Hessian.
     """
     return -(w[k] / inverse[k, k]) * inverse[:, k], w[k] ** 2 / (2 * inverse[k, k])
 
@@ -40,10 +38,9 @@ def without(inverse: jax.Array, k: int) -> jax.Array:
 
 
 def refit(w: jax.Array, hessian: jax.Array, kept: jax.Array) -> jax.Array:
-    """The weights of lowest ``½ δᵀHδ`` that are zero where `kept` is False: a regression.
-
-    ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which the set S goes. `w` and `kept` are
-    ``[n]``; the Hessian is positive definite on the kept weights.
+    """The weights of lowest ``½ δᵀHδ`` that are zero where `kept` is False: a regression,
+    ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which S goes. `w` and `kept` are ``[n]``; the
+    Hessian is positive definite on the kept weights.
     """
     return _regress(hessian, hessian @ w, kept)
 
@@ -115,20 +112,20 @@ class Pruned(NamedTuple):
 
 def layerwise(
     network, params: Any, examples: Examples, percent: float, scope: str = "all",
-    refit: bool = True, damping: float = 0.01,
+    refit: bool = True, damping: float = 0.01, ranked: Any = None,
 ) -> Pruned:  # fmt: skip
-    """Prune `percent` of the weights of a chain of dense layers by OBS, unit by unit; biases stay.
+    """Prune `percent` of a chain's weights by OBS, unit by unit (or filter by filter); biases stay.
 
-    Ranked by `scores`. The kept weights are fitted to the dense network's pre-activations, by the
-    covariance of the layer's inputs (the bias moves along) plus `damping` times its mean diagonal:
-    with `refit`, layer after layer from the pruned network's own activations, else from the dense
-    ones [2]_. Raises ValueError for a network that is no chain of dense layers, and what
-    `passes.forward` and `pruning.mask` refuse.
+    Ranked by `scores`, or `ranked`. The kept weights are fitted to the dense network's
+    pre-activations, by the covariance of the layer's inputs (the bias moves along) plus `damping`
+    times its mean diagonal: with `refit`, layer after layer from the pruned network's activations,
+    else from the dense ones [2]_. Raises ValueError for a network that is no chain of dense layers
+    and convolutions, and what `passes.forward` and `pruning.mask` refuse.
     """
-    ranked = scores(network, params, examples, damping)
+    logits = _chain(network, params, examples, damping)
+    ranked = scores(network, params, examples, damping) if ranked is None else ranked
     kept = pruning.mask(ranked, percent, scope, pruning.weights_only(params))
     found = pruning.masked(params, kept)
-    logits = forward(network, params, examples)
     for name, layer in params.items():
         inputs = _moments(logits, found if refit else params, params, examples, name)
         found = found | {name: _fit(layer, kept[name]["kernel"], inputs, damping)}
@@ -136,59 +133,91 @@ def layerwise(
 
 
 def scores(network, params: Any, examples: Examples, damping: float = 0.01) -> Any:
-    """What each weight costs when greedy OBS takes it, in nats; zero for biases.
+    """What each weight costs when greedy OBS takes it, in nats; for biases OBD's saliency.
 
-    The price in the unit's squared error (a running maximum along its order, so that what goes
-    first ranks first) times its own curvature, the exact diagonal at its bias: the one currency of
-    all layers.
+    The price in the unit's squared error (a running maximum along its order: what goes first ranks
+    first) times its own curvature, the exact diagonal at its bias: the one currency of all layers.
+    A convolution is a dense layer on patches, its error a mean over places. Zero weights go first.
     """
-    require(is_chain(network, (nnx.Linear,), params), "network: layer-wise OBS needs a models."
-            "Network of plain nnx.Linear; convolutions would need patches")  # fmt: skip
-    require(all("bias" in layer for layer in params.values()), "params: a layer has no bias")
-    require(0 < damping < np.inf, f"damping: expected a positive number, got {damping}; without it "
-            "an input that never varies has no inverse")  # fmt: skip
-    logits = forward(network, params, examples)
+    logits = _chain(network, params, examples, damping)
     curvature = hessian_diagonal(network, params, examples, "gauss_newton")
     found = {}
     for name, layer in params.items():
         covariance = _moments(logits, params, params, examples, name)[0]
-        inverse = jnp.linalg.inv(_damped(covariance, damping))
-        units = layer["kernel"].T, curvature[name]["bias"]
-        prices = jax.lax.map(partial(_unit_scores, inverse), units)
-        found[name] = {"kernel": prices.T, "bias": jnp.zeros_like(layer["bias"])}
+        kernel = layer["kernel"].reshape(len(covariance), -1)
+        alive = int((kernel != 0).sum(0).max())
+        size = min(len(kernel), max(32, 2 ** (alive - 1).bit_length()))  # few programs
+        unit = curvature[name]["bias"]
+        prices = _prices(_damped(covariance, damping), kernel, unit, size)
+        found[name] = {"bias": unit * layer["bias"] ** 2 / 2}
+        found[name]["kernel"] = prices.reshape(layer["kernel"].shape)
     return found
 
 
 def wanda(network, params: Any, examples: Examples) -> Any:
     """Wanda's score ``|w_ij| · √E[a_i²]``, for ranking within a unit; zero for biases [4]_."""
-    logits, found = forward(network, params, examples), {}
+    logits, found = _chain(network, params, examples), {}
     for name, layer in params.items():
         covariance, _, mean, _ = _moments(logits, params, params, examples, name)
-        size = jnp.sqrt(jnp.diagonal(covariance) + mean**2)
-        found[name] = {k: jnp.zeros_like(w) for k, w in layer.items()}
-        found[name]["kernel"] = jnp.abs(layer["kernel"]) * size[:, None]
+        size = jnp.sqrt(jnp.diagonal(covariance) + mean**2)[:, None]
+        score = jnp.abs(layer["kernel"].reshape(len(size), -1)) * size
+        found[name] = {"kernel": score.reshape(layer["kernel"].shape)}
+        found[name]["bias"] = jnp.zeros_like(layer["bias"])
     return found
 
-def _unit_scores(inverse, unit):
-    weights, curvature = unit
-    places, prices = greedy(weights, inverse)
-    order = jnp.argsort(places)
-    return jnp.zeros_like(prices).at[order].set(jax.lax.cummax(prices[order])) * curvature
+def _chain(network, params, examples, damping=0.01):
+    """The network as `passes.forward` gives it, if layer-wise OBS can do it."""
+    require(is_chain(network, (nnx.Linear, nnx.Conv), params), "network: layer-wise OBS needs a "
+            "models.Network of plain nnx.Linear and nnx.Conv")  # fmt: skip
+    require(all("bias" in layer for layer in params.values()), "params: a layer has no bias")
+    require(0 < damping < np.inf, f"damping: expected a positive number, got {damping}; without it "
+            "an input that never varies has no inverse")  # fmt: skip
+    return forward(network, params, examples)
+
+@partial(jax.jit, static_argnums=3)
+def _prices(hessian, kernel, curvature, size):
+    """`scores` of a kernel ``[inputs, units]`` of which no unit has more than `size` weights."""
+    whole = jnp.linalg.inv(hessian) if size == len(kernel) else None
+
+    def one(unit):
+        weights, worth = unit
+        chosen = jnp.argsort(weights == 0)[:size]
+        inverse = jnp.linalg.inv(hessian[chosen][:, chosen]) if whole is None else whole
+        places, prices = greedy(weights[chosen], inverse)
+        order = jnp.argsort(places)
+        return jnp.zeros_like(weights).at[chosen[order]].set(jax.lax.cummax(prices[order]) * worth)
+
+    return jax.lax.map(one, (kernel.T, curvature), batch_size=max(1, 2**22 // size**2)).T
 
 def _damped(matrix, damping):
-    return matrix + damping * jnp.diagonal(matrix).mean() * jnp.eye(len(matrix), dtype=matrix.dtype)
+    mean = jnp.maximum(jnp.diagonal(matrix).mean(), 1e-12)  # zero where all inputs have died
+    return matrix + damping * mean * jnp.eye(len(matrix), dtype=matrix.dtype)
+
+def _patches(layer, params, a):
+    """A layer's inputs as rows ``[n, places, inputs]``; a dense layer has one place."""
+    if layer.kind is nnx.Linear:
+        return a[:, None]
+    module = layer.module(params)
+    found = jax.lax.conv_general_dilated_patches(
+        a, module.kernel_size, np.broadcast_to(module.strides or 1, 2), module.padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    found = found.reshape(len(a), -1, a.shape[-1], np.prod(module.kernel_size))
+    return found.swapaxes(2, 3).reshape(*found.shape[:2], -1)  # kernels list the place first
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _moments(logits, params, dense, examples, name):
     """Of a layer's inputs a under `params` and its dense outputs z: Cov(a), Cov(a, z), E a, E z."""
+    layer = next(layer for layer in logits.origin.layers if layer.name == name)
 
     def batch(images, labels, weights):
-        a = shifted(logits.origin, params, images, {})[1][0][name]
+        a = _patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
         z = shifted(logits.origin, dense, images, {})[1][1][name]
-        scaled_a = weights[:, None] * a
-        return scaled_a.T @ a, scaled_a.T @ z, weights @ a, weights @ z
+        a, w = a.reshape(-1, a.shape[-1]), jnp.repeat(weights / a.shape[1], a.shape[1])
+        z, of_a = z.reshape(-1, z.shape[-1]), (w[:, None] * a).T
+        return of_a @ a, of_a @ z, w @ a, w @ z
 
-    aa, az, a, z = mean_over_batches(batch, examples, default_batch(logits, 2))
+    aa, az, a, z = mean_over_batches(batch, examples, batch_of(None, logits, 4))
     return aa - jnp.outer(a, a), az - jnp.outer(a, z), a, z
 
 @jax.jit
@@ -196,10 +225,11 @@ def _fit(layer, kept, moments, damping):
     """Ridge regression of the dense outputs on the kept inputs, towards the old weights."""
     covariance, cross, a, z = moments
     matrix = _damped(covariance, damping)
-    target = cross + (matrix - covariance) @ layer["kernel"]
-    fit = jax.vmap(partial(_regress, matrix), in_axes=1, out_axes=1)
-    kernel = jnp.where(kept, fit(target, kept), 0)
-    return {"kernel": kernel, "bias": z - a @ kernel}
+    kernel, kept = (x.reshape(len(a), -1) for x in (layer["kernel"], kept))
+    target = cross + (matrix - covariance) @ kernel
+    units = target.T, kept.T  # some at a time: each has a matrix of its own
+    kernel = jax.lax.map(lambda unit: _regress(matrix, *unit), units, batch_size=16).T * kept
+    return {"kernel": kernel.reshape(layer["kernel"].shape), "bias": z - a @ kernel}
 
 
 def woodbury(diagonal: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from prunelib import checks
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples
-from prunelib.passes import cross_entropy, default_batch, forward, known_loss, mean_over_batches
+from prunelib.passes import batch_of, cross_entropy, forward, known_loss, mean_over_batches
 
 
 class LossChange(NamedTuple):
@@ -53,7 +53,7 @@ def loss_change(
     if diagonal is None:
         diagonal = hessian_diagonal(network, params, examples, loss=loss)
     diagonal = checks.finite("diagonal", checks.like("diagonal", diagonal, "params", params))
-    size = batch_size or default_batch(logits, 8)
+    size = batch_of(batch_size, logits, 8)
     terms = _terms(logits, known_loss(loss, logits), size, params, masks, diagonal, examples)
     first, own, half, actual = (np.asarray(t, float).reshape(axes)[()] for t in terms)
     change = LossChange(first, own, half - own, actual - first - half, actual)

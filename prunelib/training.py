@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
+from jax.sharding import NamedSharding, PartitionSpec
 
-from prunelib import checks
+from prunelib import checks, data
 from prunelib.checks import require
 from prunelib.data import Examples, collected, scaled
 from prunelib.passes import cross_entropy, forward
@@ -98,17 +99,16 @@ def train(network, recipe: Recipe, examples: Examples, seeds: Sequence[int] = ra
     """Train one network for each seed: for its start, the order of its examples, and dropout.
 
     The network has ``init(key) -> params`` and ``apply(params, images) -> logits``; for a recipe
-    with dropout, ``apply(params, images, keep=..., key=...)``. Errors are those of `fit`.
+    with dropout, ``apply(params, images, keep=..., key=...)``. Errors are those of `trainer`.
     """
     seeds = checks.seeds(seeds)
     require(hasattr(network, "init"), "network: it has no init(key) -> params; give it one, or "
-            "start from params of your own with training.fit", TypeError)  # fmt: skip
-    used = collected(examples)
-    used = used.first(len(used.labels) - recipe.held_out)
+            "start from params of your own with training.trainer", TypeError)  # fmt: skip
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     starts, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     start = jax.vmap(partial(_start, network, recipe.std))(starts)
-    params, loss, accuracy = fit(network, recipe, start, used, keys)
+    go_on = trainer(network, recipe, start, examples)
+    params, loss, accuracy = go_on(start, keys)
     divisors = range(max(1, recipe.steps // 50), recipe.steps + 1)
     every = next(k for k in divisors if recipe.steps % k == 0)  # some fifty points
     steps = np.arange(every, recipe.steps + 1, every)
@@ -127,21 +127,26 @@ def _start(network, std, key):
     return jax.tree.map(lambda w, key: normal(key, w.shape), params, keys)
 
 
-def fit(
-    network, recipe: Recipe, params: Any, examples: Examples, keys: jax.Array,
-    after: Callable[[Any], optax.GradientTransformation] | None = None, given: Any = None,
-) -> tuple[Any, np.ndarray, np.ndarray]:  # fmt: skip
-    """Go on from `params` by a recipe, for all seeds together: what `train` and retraining share.
+def trainer(
+    network, recipe: Recipe, params: Any, examples: Examples,
+    after: Callable[[Any], optax.GradientTransformation] | None = None,
+) -> Callable:  # fmt: skip
+    """What goes on from params like `params` ``[seeds, ...]`` by a recipe, all seeds together.
 
-    params : pytree ``[seeds, ...]``; keys : ``[seeds]``, for the order of examples, and dropout
-    after, given : with ``after(given of a seed)``, an Optax transformation, after the recipe's own
+    Returns a function ``(params, keys, given=None) -> params, losses, accuracies``: of each seed a
+    key, for the order of its examples and dropout, and of each batch the mean loss (nats) and the
+    accuracy (a fraction) ``[seeds, steps]``. With `after`, the transformation ``after(given of a
+    seed)`` comes after the recipe's own. It is compiled once, at its first call. Examples that
+    `data.place` spread over a mesh stay where they are, and each batch is spread too.
 
-    Returns params, and each batch's mean loss (nats) and accuracy (a fraction) ``[seeds, steps]``.
     Raises ValueError or TypeError for fewer examples than a batch, dropout that the network has no
-    place for, and what `passes.forward` refuses; FloatingPointError if training diverged.
+    place for, and what `passes.forward` refuses; the function, FloatingPointError if training
+    diverged.
     """
-    one, count = jax.tree.map(lambda w: w[0], params), len(examples.labels)
+    one, mesh = jax.tree.map(lambda w: w[0], params), _mesh(examples)
     forward(network, one, examples)
+    examples = collected(examples) if mesh is None else examples
+    count = data.count(examples) - recipe.held_out  # what fills up a mesh stands last
     apply, dropout = checks.network(network), recipe.keep < 1
     require(count >= recipe.batch, f"examples: {count} do not fill a batch of {recipe.batch}")
     if dropout:
@@ -156,14 +161,18 @@ def fit(
         batches = shuffled.ravel()[: recipe.steps * recipe.batch].reshape(recipe.steps, -1)
 
         def step(state, scanned):
-            (params, moments), (batch, number) = state, scanned
+            (params, moments), (places, number) = state, scanned
             options = {"keep": recipe.keep, "key": jax.random.fold_in(noise, number)}
+            batch = images[places], labels[places]
+            if mesh is not None:
+                sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+                batch = jax.lax.with_sharding_constraint(batch, sharding)
 
             def objective(params):  # without dropout, apply need not know of it
-                logits = apply(params, scaled(images[batch]), **(options if dropout else {}))
-                losses = cross_entropy(logits.astype(jnp.float32), labels[batch])
+                logits = apply(params, scaled(batch[0]), **(options if dropout else {}))
+                losses = cross_entropy(logits.astype(jnp.float32), batch[1])
                 total = losses.sum() if recipe.summed else losses.mean()
-                return total, (losses.mean(), (logits.argmax(1) == labels[batch]).mean())
+                return total, (losses.mean(), (logits.argmax(1) == batch[1]).mean())
 
             gradient, metrics = jax.grad(objective, has_aux=True)(params)
             updates, moments = optimizer.update(gradient, moments, params)
@@ -173,11 +182,22 @@ def fit(
         (params, _), metrics = jax.lax.scan(step, state, (batches, jnp.arange(recipe.steps)))
         return params, metrics
 
-    # Compiled anew for each call: nothing that a reader's network reads can have gone stale.
-    together = jax.jit(jax.vmap(of_one, in_axes=(0, 0, 0, None, None)))
-    params, (loss, accuracy) = together(params, keys, given, images, labels)
-    checks.finite("training", {"loss": loss, "params": params})
-    return params, np.asarray(loss), np.asarray(accuracy)
+    # A new function at each call: nothing that a reader's network reads can have gone stale.
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    together = jax.jit(jax.vmap(of_one, in_axes=(0, 0, 0, None, None)), out_shardings=everywhere)
+
+    def go_on(params, keys, given=None):
+        params, (loss, accuracy) = together(params, keys, given, images, labels)
+        checks.finite("training", {"loss": loss, "params": params})
+        return params, np.asarray(loss), np.asarray(accuracy)
+
+    return go_on
+
+def _mesh(examples):
+    """The mesh over several devices that `data.place` spread examples over, if it did."""
+    sharding = getattr(examples.images, "sharding", None)
+    several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    return sharding.mesh if several else None
 
 def _check_dropout(apply, params, examples, recipe) -> None:
     """Raise ValueError unless the network's outputs depend on the key of dropout."""

@@ -96,6 +96,14 @@ def moves(ax):
     ax.plot([0.7], [0.25], "o", color=GREEN, ms=20)
 
 
+def smaller(ax):
+    for x, y, side, colour in ((0.05, 0.2, 0.5, GREY), (0.68, 0.33, 0.25, BLUE)):
+        ax.fill([x, x + side, x + side, x], [y, y, y + side, y + side], color=colour)
+    ax.fill([0.25, 0.37, 0.37, 0.25], [0.2, 0.2, 0.7, 0.7], color=ORANGE)
+    ax.annotate("", (0.67, 0.85), (0.2, 0.85), arrowprops={"arrowstyle": "-|>", "lw": 4,
+                "color": "black", "mutation_scale": 24})  # fmt: skip
+
+
 def devices(ax):
     for i in range(8):
         x, y = 0.14 + 0.24 * (i % 4), 0.3 + 0.4 * (i // 4)
@@ -105,7 +113,8 @@ def devices(ax):
 
 
 DRAWN = {1: parabola, 2: layers, 3: diagonal, 4: estimates, 5: falls, 6: dropped, 7: detective,
-         8: terms, 9: ring, 10: loop, 11: shared, 12: moves, 14: devices}  # fmt: skip
+         8: terms, 9: ring, 10: loop, 11: shared, 12: moves, 13: smaller,
+         14: devices}  # fmt: skip
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
 """Copy the notebooks to a folder, with the solutions of their exercises as cells.
 
-    python scripts/with_solutions.py FOLDER
+    python scripts/with_solutions.py PROJECT/notebooks
 
 A solution is folded in the text: a ``<details>`` block with fenced Python. Run as a cell right
-after that text, it is executed by the same check that compares the notebook's outputs. The folder
-is a project of its own, so the figures that its notebooks save stay in it.
+after that text, it is executed by the same check that compares the notebook's outputs. The figures
+that these notebooks save go to PROJECT/figures.
 """
 
-import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,12 +39,8 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.ipynb"):
         old.unlink()
-    # What notebooks reach from where they are. Made anew: a folder that was copied here links to
-    # another one.
-    for link in (folder / "prunelib", folder.parent / "benchmarks"):
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(ROOT / link.name, link.parent.resolve()))
-    (folder / "pyproject.toml").write_text("# figures.save looks for this file\n")
+    (folder.parent / "pyproject.toml").write_text("# figures.save looks for this file\n")
+    shutil.copytree(ROOT / "benchmarks", folder.parent / "benchmarks", dirs_exist_ok=True)
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         count = with_solutions(notebook)

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "tanh": jnp.tanh,
     "gelu": jax.nn.gelu,
     "softplus": jax.nn.softplus,
+    "sigmoid": jax.nn.sigmoid,
 }
 
 

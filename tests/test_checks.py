@@ -66,8 +66,8 @@ def change(kept=KEPT, diagonal=DIAGONAL, **options):
     return taylor.loss_change(NETWORK, PARAMS, kept, EXAMPLES, diagonal, **options)
 
 
-def curve(scores=DIAGONAL, percents=(0,)):
-    return pruning.accuracy_curve(NETWORK, PARAMS, scores, EXAMPLES, percents)
+def curve(scores=DIAGONAL, percents=(0,), **options):
+    return pruning.accuracy_curve(NETWORK, PARAMS, scores, EXAMPLES, percents, **options)
 
 
 def images(value):
@@ -143,9 +143,8 @@ REFUSED = [  # the argument that is named, what is tried, and what the message m
     ("network", lambda: logits(lambda z: z.astype(int)), "int32"),
     ("network", lambda: logits(lambda z: (z, z)), "float logits"),
     ("network", lambda: train(NETWORK.apply), "init"),
-    ("network", lambda: diagonal("neuron", network=NETWORK.apply), '"one_hot"'),
-    ("network", lambda: training.fit(without_a_place, replace(RECIPE, keep=0.5), STEP, EXAMPLES,
-                                     KEYS), "dropout_here"),
+    ("network", lambda: training.trainer(without_a_place, replace(RECIPE, keep=0.5), STEP,
+                                         EXAMPLES), "dropout_here"),
     ("the loss", lambda: logits(lambda z: jnp.log(-jnp.abs(z))), NAN),
     ("the Hessian diagonal", lambda: diagonal("one_hot", loss=not_finite), NAN),
     ("the loss change", lambda: change(loss=not_finite), NAN),
@@ -158,6 +157,9 @@ REFUSED = [  # the argument that is named, what is tried, and what the message m
     ("method", lambda: diagonal(""), "one_hot"),
     ("batch_size", lambda: diagonal(batch_size=0), "0"),
     ("batch_size", lambda: evaluate(batch_size=2.5), "2.5"),
+    ("batch_size", lambda: evaluate(batch_size=0), "0"),
+    ("batch_size", lambda: curve(batch_size=0), "0"),
+    ("batch_size", lambda: change(batch_size=0), "0"),
     ("probes", lambda: diagonal("hutchinson", probes=0), "0"),
     ("draws", lambda: diagonal("sampled", draws=0), "0"),
     ("chunk", lambda: diagonal("one_hot", chunk=0), "0"),
@@ -227,7 +229,7 @@ DOORS = {
     "accuracy_curve": (curve, PASS + "concrete scores like one_of percent"),
     "loss_change": (change, PASS + "concrete booleans like"),
     "train": (train, PASS + "seeds"),
-    "fit": (lambda: training.fit(NETWORK, RECIPE, SEEDS, EXAMPLES, KEYS), PASS),
+    "trainer": (lambda: training.trainer(NETWORK, RECIPE, SEEDS, EXAMPLES)(SEEDS, KEYS), PASS),
     "prune_and_retrain": (retrain, PASS + "seeds one_of percent scores booleans"),
     "mask": (lambda: pruning.mask(DIAGONAL, 50), "one_of scores percent"),
     "ranks": (lambda: pruning.ranks(DIAGONAL), "one_of scores"),

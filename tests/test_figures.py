@@ -79,11 +79,14 @@ def test_what_is_damaged_or_missing_is_written_anew(folder, name, content):
 
 def test_the_folder_is_that_of_the_project_around(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").touch()
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert figures.folder() == tmp_path / "figures"
+    (tmp_path / "notebooks" / "deep").mkdir(parents=True)
+    for below in ("notebooks", "notebooks/deep"):
+        monkeypatch.chdir(tmp_path / below)
+        assert figures.folder() == tmp_path / "figures"
     figures.save(drawn(), "one", TABLE)
     assert (tmp_path / "figures" / "one.png").exists()
+    (tmp_path / "pyproject.toml").rename("pyproject.toml")  # somebody else's project
+    assert figures.folder() == tmp_path / "notebooks" / "deep" / "figures"
 
 
 def test_a_folder_that_cannot_be_written_warns(folder):

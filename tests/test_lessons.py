@@ -24,6 +24,8 @@ import with_solutions
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from prunelib import figures
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -43,7 +45,8 @@ def markdown_of(path):
 @each_notebook
 def test_lesson_has_its_form(path):
     assert path.stat().st_size < 1_000_000
-    assert len(nbformat.read(path, 4).cells) <= 48
+    own = [cell for cell in nbformat.read(path, 4).cells if cell.id != "setup"]  # make_links.py's
+    assert len(own) <= 48
     make_links.title_and_question(path)
     place, last = NOTEBOOKS.index(path), markdown_of(path).split("\n\n")[-1]
     around = {"Previous": place - 1, "Next": place + 1}
@@ -227,23 +230,15 @@ def test_the_longest_start_first_each_on_cores_of_its_own(tmp_path, monkeypatch)
     assert rows[-1][2] == 1000
 
 
-def test_a_lesson_reaches_prunelib_by_the_link_and_its_widgets_end(tmp_path):
-    """Without an installation: the kernel starts in the notebook's folder, where the link is.
-
-    nbclient's own output widget talks to the kernel while it waits for it, and may hang.
-    """
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "prunelib").mkdir()
-    shutil.copy(ROOT / "prunelib" / "__init__.py", tmp_path / "prunelib")
-    link = (ROOT / "notebooks" / "prunelib").readlink()
-    (tmp_path / "notebooks" / "prunelib").symlink_to(link)
-    path = tmp_path / "notebooks" / "01-tiny.ipynb"
+def test_a_notebook_in_any_folder_finds_prunelib_and_its_widgets_end(tmp_path):
+    """nbclient's own output widget talks to the kernel while it waits for it, and may hang."""
+    path = tmp_path / "01-tiny.ipynb"
     shown = "import ipywidgets\nshown = ipywidgets.interactive_output(print, {})"
-    code = "import prunelib\nprint(prunelib.__version__, len(shown.outputs))"
+    code = "import prunelib\nprint(prunelib.__file__, len(shown.outputs))"
     nbformat.write(notebook((shown, text("")), (code, text(""))), path)
     first, second = execute(path)
     assert first.outputs == []
-    assert re.fullmatch(r"[\d.]+ 0\n", second.outputs[0].text)
+    assert second.outputs[0].text == f"{ROOT / 'prunelib' / '__init__.py'} 0\n"
 
 
 def test_a_failing_notebook_keeps_its_outputs(tmp_path):
@@ -275,16 +270,14 @@ def test_nbval_compares_numbers_and_not_times(tmp_path):
     assert {name: outcome for outcome, name in lines} == {"same": "PASSED", "other": "FAILED"}
 
 
-def test_solutions_are_run_with_this_checkouts_prunelib(tmp_path, monkeypatch):
-    """Also in a folder that was copied from another checkout, with its link."""
-    folder = tmp_path / "build"
-    folder.mkdir()
-    (folder / "prunelib").symlink_to(tmp_path / "another" / "prunelib")
-    monkeypatch.setattr(with_solutions, "ROOT", tmp_path)
-    (tmp_path / "prunelib").mkdir()
-    with_solutions.main(folder)
-    assert (folder / "prunelib").resolve() == tmp_path / "prunelib"
-    assert (folder / "pyproject.toml").exists()  # so figures.save draws there, not over ours
+def test_notebooks_with_solutions_are_a_project_of_their_own(tmp_path, monkeypatch):
+    """So figures.save draws there, not over ours."""
+    with_solutions.main(tmp_path / "notebooks")
+    names = [path.name for path in sorted((tmp_path / "notebooks").iterdir())]
+    assert names == [path.name for path in NOTEBOOKS]
+    assert (tmp_path / "benchmarks" / "diagonal.csv").exists()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert figures.folder() == tmp_path / "figures"
 
 
 def test_compiled_programs_are_kept_unless_damaged_or_out_of_reach(tmp_path, monkeypatch):
@@ -311,6 +304,27 @@ def test_numbers_that_only_the_prose_has_are_found():
     (found,) = prose_numbers.unshown(lesson)
     assert found[0] == 1
     assert "98.2" in found[1]
+
+
+def test_a_lesson_is_given_badges_and_a_first_cell_that_does_nothing_here():
+    made = notebook(("1 + 1", new_output("execute_result", execution_count=1)), ("2", text("2\n")))
+    made.cells.insert(0, new_markdown_cell("# Do the thing\n\n**What?** This."))
+    address = "https://github.com/someone/thing"
+    make_links.equip(made, address, "notebooks/04-thing.ipynb")
+    top, setup, first, second = made.cells
+    assert top.source.startswith("# Do the thing\n\n**What?** This.\n\n[![Open in Binder](")
+    assert "someone/thing/HEAD?urlpath=lab%2Ftree%2Fnotebooks%2F04-thing.ipynb)" in top.source
+    assert top.source.endswith("/github/someone/thing/blob/main/notebooks/04-thing.ipynb)")
+    assert setup.metadata.tags == ["setup"]
+    assert f'ipywidgets "prunelib @ git+{address}"' in setup.source
+    assert [cell.execution_count for cell in (setup, first, second)] == [1, 2, 3]
+    assert first.outputs[0].execution_count == 2
+    nbformat.validate(made)
+
+    once = nbformat.writes(made)
+    setup.source = top.source.replace("someone", "another")
+    make_links.equip(made, address, "notebooks/04-thing.ipynb")
+    assert nbformat.writes(made) == once
 
 
 def test_readme_table_and_links_are_made_from_the_lessons(tmp_path):

@@ -37,19 +37,21 @@ def run(*command, **options):
 
 
 def tracked():
-    """The files of the repository, as a clone has them; links, which are not files, left out."""
+    """The files of the repository, as a clone has them."""
     names = run("git", "ls-files", "-z", cwd=ROOT).stdout.split("\0")
-    paths = [ROOT / name for name in names if name]
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
 # One set of versions
 
 
-def locked(platform):
-    """Name -> version for what the lock installs under Python 3.11 on a platform."""
-    environment = {**default_environment(), "python_version": "3.11"}
-    environment |= {"python_full_version": "3.11.9", "sys_platform": platform}
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # as the Makefile has them
+
+
+def locked(platform, python):
+    """Name -> version for what the lock installs under a Python on a platform."""
+    environment = {**default_environment(), "python_version": python}
+    environment |= {"python_full_version": f"{python}.2", "sys_platform": platform}
     environment |= {"os_name": "nt" if platform == "win32" else "posix"}
     pins = {}
     for line in (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines():
@@ -67,9 +69,10 @@ def locked(platform):
     return environment, pins
 
 
+@pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
-def test_lock_holds_what_pyproject_asks_for(platform):
-    environment, pins = locked(platform)
+def test_lock_holds_what_pyproject_asks_for(platform, python):
+    environment, pins = locked(platform, python)
     extras = PROJECT["optional-dependencies"].values()
     asked = [*PROJECT["dependencies"], *(line for lines in extras for line in lines)]
     for requirement in map(Requirement, asked):
@@ -80,7 +83,7 @@ def test_lock_holds_what_pyproject_asks_for(platform):
 
 
 def test_these_tests_run_under_the_lock():
-    _, pins = locked(sys.platform)
+    _, pins = locked(sys.platform, "{}.{}".format(*sys.version_info))
     for name in ("jax", "jaxlib", "flax", "optax", "numpy", "pandas", "nbval"):
         assert importlib.metadata.version(name) == pins[name]
 
@@ -91,20 +94,47 @@ def test_environment_yml_is_the_lock():
     assert {str(spec.name.normalized) for spec in parsed} == {"python", "pip"}
     assert pip == {"pip": ["-r requirements.lock"]}
     # repo2docker understands this form of the version only, and takes 3.10 for any other.
-    assert "python=3.11" in specs
-    assert PROJECT["requires-python"] == ">=3.11"
-    assert "PYTHON ?= python3.11" in (ROOT / "Makefile").read_text()
+    assert "python=3.13" in specs
+    assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
+
+
+def test_make_takes_a_python_that_runs_and_says_what_it_needs(tmp_path):
+    """Not one that is only there, as pyenv's are while another version is chosen."""
+
+    def tool(name, does):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def made(*options):
+        command = [shutil.which("make"), "VENV=new", "new/.locked", *options]
+        environment = {"PATH": str(tmp_path)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    (tmp_path / "sh").symlink_to(shutil.which("sh"))
+    assert "This needs Python 3.11 to 3.14" in made().stderr
+    tool("python3.14", "exit 127")
+    tool("python3.13", f'exec "{sys.executable}" "$@"')
+    tool("python3.12", "exit 1")
+    assert f'"{sys.executable}" -m venv' in made("-n").stdout
+    assert '"another" -m venv' in made("-n", "PYTHON=another").stdout
+    tool("uv", "echo uv 1")
+    assert re.search(rf'uv venv .*--python "{sys.executable}"', made("-n").stdout)
+    (tmp_path / "python3.13").unlink()
+    assert re.search('uv venv .*--python "3.13"', made("-n").stdout)
+    assert not (ROOT / "new").exists()
 
 
 def test_binder_builds_from_the_lock(tmp_path):
     """The Dockerfile of the real repo2docker, which builds nothing here and needs no Docker."""
-    for name in ("environment.yml", "requirements.lock"):
+    for name in ("environment.yml", "requirements.lock", "postBuild"):
         shutil.copy(ROOT / name, tmp_path)
-    for place in ("Dockerfile", "binder", ".binder", "apt.txt", "runtime.txt", "postBuild"):
+    for place in ("Dockerfile", "binder", ".binder", "apt.txt", "runtime.txt", "start"):
         assert not (ROOT / place).exists(), f"{place} would change what Binder builds"
     done = run(sys.executable, "-m", "repo2docker", "--no-build", "--debug", str(tmp_path))
     dockerfile = done.stdout + done.stderr
-    assert "environment.py-3.11" in unquote(dockerfile.replace("-2e", ".").replace("-2d", "-"))
+    assert "environment.py-3.13" in unquote(dockerfile.replace("-2e", ".").replace("-2d", "-"))
+    assert "RUN ./postBuild" in dockerfile
+    assert "\nset -e\n" in (ROOT / "postBuild").read_text(), "a failure must fail the build"
     copied = dockerfile.index("COPY --chown=0:0 src/ ${REPO_DIR}/")
     installed = dockerfile.index('env update -p ${NB_PYTHON_PREFIX} --file "environment.yml"')
     assert copied < installed, "the lock is not there yet when the environment is made"
@@ -194,6 +224,8 @@ def test_a_broken_link_is_found(tmp_path):
 def test_readme_is_current_and_its_api_works(tmp_path):
     readme = (ROOT / "README.md").read_text()
     assert make_links.rewrite(readme, make_links.current()) == readme, "run `make links`"
+    for path in NOTEBOOKS:
+        assert make_links.equipped(path) == path.read_text(), f"{path.name}: run `make links`"
     code = re.search(r"^```python\n(.*?)^```", readme, re.S | re.M)[1]
     assert "prunelib" in {getattr(node, "module", "") for node in ast.walk(ast.parse(code))}
     (tmp_path / "readme.py").write_text(code)
@@ -240,8 +272,17 @@ def clone(tmp_path_factory):
     lines.write_text("\n".join(ENVIRONMENT["dependencies"][-1]["pip"]))
     python = environment / "bin" / "python"
     run(python, "-m", "pip", "install", "-q", "-r", lines, cwd=place)
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    run(place / "postBuild", cwd=place, env={**os.environ, "PATH": path})
     yield place, python
     shutil.rmtree(place.parent)
+
+
+def execute(python, notebook):
+    """Run a notebook in its folder, in an environment, as `jupyter` does it; with its outputs."""
+    convert = ["nbconvert", "--to", "notebook", "--execute", "--output", "executed.ipynb"]
+    run(python, "-m", "jupyter", *convert, notebook, cwd=notebook.parent)
+    return (notebook.parent / "executed.ipynb").read_text()
 
 
 @pytest.mark.slow
@@ -249,10 +290,8 @@ def test_binder_environment_runs_the_first_notebook(clone):
     place, python = clone
     run(python, "-m", "pip", "check")
     run(python, "-m", "jupyterlab", "--version")
-    first = min((place / "notebooks").glob("01-*.ipynb"))
-    convert = ["nbconvert", "--to", "notebook", "--execute", "--output", "executed.ipynb"]
-    run(python, "-m", "jupyter", *convert, first, cwd=place)
-    assert (first.parent / "executed.ipynb").exists()
+    execute(python, min((place / "notebooks").glob("01-*.ipynb")))
+    assert not run("git", "status", "--short", "figures", cwd=place).stdout
 
 
 @pytest.mark.slow
@@ -262,3 +301,23 @@ def test_wheel_carries_the_data_and_no_tests(clone):
     (wheel,) = (place / "wheel").glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == set(run("git", "ls-files", "prunelib", cwd=place).stdout.split())
+
+
+@pytest.mark.slow
+def test_a_lone_notebook_installs_prunelib_and_runs(clone, tmp_path):
+    """As on Colab: only Jupyter is there, and one file. Git takes the clone for the address."""
+    place, _ = clone
+    run(sys.executable, "-m", "venv", tmp_path / "environment")
+    python = tmp_path / "environment" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", "ipykernel", "nbconvert")
+    (tmp_path / "alone").mkdir()
+    first = min((place / "notebooks").glob("01-*.ipynb"))
+    lesson = Path(shutil.copy(first, tmp_path / "alone"))
+    git = {"COUNT": "1", "KEY_0": f"url.{place}.insteadOf", "VALUE_0": make_links.address()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in git.items():
+            patch.setenv(f"GIT_CONFIG_{name}", value)
+        execute(python, lesson)
+    where = run(python, "-c", "import prunelib; print(prunelib.__file__)", cwd=tmp_path).stdout
+    assert Path(where).is_relative_to(tmp_path / "environment")
+    assert list((tmp_path / "alone" / "figures").glob("*.png"))

@@ -112,13 +112,13 @@ def test_methods_agree_on_any_network(name, seed, n, batch_size):
     with jax.enable_x64(True):
         network, params, examples = some(name, seed, n)
         expected = diagonal(network, params, examples, "one_hot")
-        for method in ["neuron", *["gauss_newton"] * (name == "relu")]:
+        for method in ["exact", *["gauss_newton"] * (name == "relu")]:
             close(diagonal(network, params, examples, method, batch_size=batch_size), expected)
 
 
 @few
 @given(seeds, st.sampled_from([(2.0, 0.0), (1.0, 3.0), (0.5, -1.0)]),
-       st.sampled_from(["one_hot", "neuron", "gauss_newton"]))  # fmt: skip
+       st.sampled_from(["one_hot", "exact", "gauss_newton"]))  # fmt: skip
 def test_diagonal_is_linear_in_the_loss(seed, weights, method):
     with jax.enable_x64(True):
         a, b = weights
@@ -146,7 +146,7 @@ def test_order_and_batching_of_examples_do_not_matter(seed, order, batch_size, m
 
 def test_hutchinson_is_unbiased_and_its_error_falls_as_one_over_the_root(x64):
     network, params, examples = some("tanh", 0)
-    expected = diagonal(network, params, examples, "neuron")
+    expected = diagonal(network, params, examples, "exact")
     keys = jax.random.split(jax.random.key(1), 150)
     spread = {}
     for probes in (4, 16, 64):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from reference import flat
 
-from prunelib import models, pruning, retraining
+from prunelib import curvature, models, pruning, retraining
 from prunelib.data import Examples, load_mnist
 from prunelib.training import Recipe
 
@@ -149,3 +149,22 @@ def test_scores_that_rank_nothing_are_refused(few):
     sure = Examples(few.images, np.asarray(NETWORK.apply(one, few.images).argmax(1)))
     with pytest.raises(FloatingPointError, match="exactly zero"):
         retraining.prune_and_retrain(NETWORK, params, sure, sure, [50], QUICK, seeds=(0, 1))
+
+
+def test_curvature_measured_again(few):
+    """In one step it is OBD; in several, each step ranks what is left by its own curvature."""
+    params = NETWORK.init(jax.random.key(3))
+
+    def saliency(kept):
+        left = pruning.apply_mask(params, kept)
+        return pruning.obd_saliency(left, curvature.hessian_diagonal(NETWORK, left, few))
+
+    whole = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    once = retraining.recomputed(NETWORK, params, few, step=100)
+    np.testing.assert_array_equal(flat(pruning.ranks(once)), flat(pruning.ranks(saliency(whole))))
+    scores, kept = retraining.recomputed(NETWORK, params, few, step=30), whole
+    for percent in (30, 60, 90):
+        alive = jax.tree.map(lambda k, s: jnp.where(k, s, -1), kept, saliency(kept))
+        kept = pruning.mask(alive, percent)
+        np.testing.assert_array_equal(flat(kept), flat(pruning.mask(scores, percent)))
+    assert (flat(kept) != flat(pruning.mask(once, 90))).any()

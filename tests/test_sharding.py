@@ -119,8 +119,27 @@ def test_curves_terms_and_training_are_the_same():
     np.testing.assert_array_equal(curves[0].accuracy, curves[1].accuracy)
     np.testing.assert_allclose(curves[0].loss, curves[1].loss, rtol=1e-6)
     np.testing.assert_allclose(*changes, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(*(flat(run.params) for run in runs))
+    np.testing.assert_allclose(*(flat(run.params) for run in runs), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(*(flat(found.params) for found in rounds))
+
+
+def test_training_spreads_its_batches(monkeypatch):
+    """A batch travels, and the sum of the gradients; the data stays where it is."""
+    recipe = training.Recipe(steps=3, batch=16)
+    start = jax.tree.map(lambda w: w[None], PARAMS)
+    placed, keys = data.place(some(2048)), jax.random.split(jax.random.key(0), 1)
+    original, lowered = jax.jit, []
+
+    def spy(function, **options):
+        compiled = original(function, **options)
+        return lambda *inputs: lowered.append(compiled.lower(*inputs)) or compiled(*inputs)
+
+    monkeypatch.setattr(jax, "jit", spy)
+    training.trainer(NETWORK, recipe, start, placed)(start, keys)
+    text = lowered[-1].compile().as_text()
+    assert not re.search(r"u8\[(1,)?2048,6\]", text)  # never all images on one device
+    assert re.search(r"u8\[(1,)?256,6\]", text)  # but its eighth
+    assert re.search(r"f32\[(1,)?2,[56]\]", text)  # and of a batch, two of sixteen
 
 
 def traffic(compiled):
@@ -158,7 +177,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 number, address, folder = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(address, num_processes=2, process_id=number)
-from prunelib import curvature, data, models, pruning
+from prunelib import curvature, data, models, pruning, training
 with np.load(f"{folder}/problem.npz") as problem:
     examples = data.Examples(problem["images"], problem["labels"])
     params = {"dense1": {kind: problem[kind] for kind in ("kernel", "bias")}}
@@ -167,6 +186,8 @@ assert len(jax.devices()) == 4 and not placed.images.is_fully_addressable
 network = models.mlp((6, 3))
 diagonal = curvature.hessian_diagonal(network, params, placed)["dense1"]
 np.savez(f"{folder}/diagonal{number}.npz", **{k: np.asarray(v) for k, v in diagonal.items()})
+runs = training.train(network, training.Recipe(steps=5, batch=4), placed, [0])
+np.savez(f"{folder}/trained{number}.npz", **jax.device_get(runs.select(0)["dense1"]))
 print(*pruning.evaluate(network, params, placed))
 back = data.collected(placed)
 assert (back.images == examples.images).all() and (back.labels == examples.labels).all()
@@ -198,7 +219,10 @@ def test_two_processes(tmp_path):
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     one = curvature.hessian_diagonal(network, params, examples)["dense1"]
     measure = pruning.evaluate(network, params, examples)
+    runs = training.train(network, training.Recipe(steps=5, batch=4), examples, [0])
     for number in range(2):
+        with np.load(tmp_path / f"trained{number}.npz") as found:
+            assert_close(runs.select(0)["dense1"], dict(found), 1e-5)
         with np.load(tmp_path / f"diagonal{number}.npz") as found:
             assert_close(one, dict(found))
         last = said[number].splitlines()[-1].split()

@@ -181,6 +181,23 @@ def test_a_foreign_sum_is_not_used(file, what):
     assert_close(curvature.hessian_diagonal(NETWORK, params, stream), found)
 
 
+def test_a_sum_about_others_is_not_used(tmp_path):
+    """Even where the first chunk cannot tell: its pixels that matter are black."""
+    images, file = np.array(STREAM.images), tmp_path / "sum.npz"
+    images[: len(STREAM.labels) // 2, 0] = 0
+    dark, means = Examples(images, STREAM.labels), []
+    for weight in (1.0, 2.0):
+        measure = lambda chunk, w=weight: w * chunk.images[:, 0].mean()  # noqa: E731
+        stream, options = parts(stream=dark), {"file": file, "about": {"w": np.array(weight)}}
+        if weight == 1.0:
+            with pytest.raises(Interrupted):
+                streaming.mean(measure, until(stream, 7), every=3, **options)
+        else:
+            with pytest.warns(UserWarning, match="starts over"):
+                means.append(streaming.mean(measure, stream, **options))
+    np.testing.assert_allclose(means[0], 2 * images[:, 0].mean(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "truncated"])
 def test_a_damaged_sum_is_not_used(file, whole, content):
     file.write_bytes(file.read_bytes()[:-300] if content is None else content)

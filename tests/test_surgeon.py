@@ -195,6 +195,16 @@ def test_the_mask_has_the_percent_and_biases_stay(scope):
     assert 0 <= accuracy <= 1
 
 
+def test_where_all_inputs_have_died_the_weights_stay():
+    """Nothing can be fitted to constants, and nothing divides by them."""
+    network, params, data = chain(2)
+    params["dense1"]["kernel"] = 0 * params["dense1"]["kernel"]
+    pruned = surgeon.layerwise(network, params, data, 60)
+    kept, kernel = pruned.kept["dense2"]["kernel"], params["dense2"]["kernel"]
+    expected = jnp.where(kept, kernel, 0)
+    np.testing.assert_allclose(pruned.params["dense2"]["kernel"], expected, atol=1e-9)
+
+
 def test_wanda_is_size_times_the_inputs_norm():
     network, params, data = chain(1)
     found = surgeon.wanda(network, params, data)
@@ -202,6 +212,95 @@ def test_wanda_is_size_times_the_inputs_norm():
         norm = np.sqrt((a**2).mean(0))[:, None]
         expected = np.abs(params[name]["kernel"]) * norm
         np.testing.assert_allclose(found[name]["kernel"], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_weights_that_are_gone_already_are_as_if_their_inputs_were_not_there(seed):
+    """Also where so few are left that only they are looked at."""
+    network, params, data = chain(seed, 150, (80, 4, 3))
+    rng = np.random.default_rng(seed)
+    alive = jnp.asarray(rng.random((80, 4)) < 0.2)
+    params["dense1"]["kernel"] = jnp.where(alive, params["dense1"]["kernel"], 0)
+    scores = surgeon.scores(network, params, data)["dense1"]["kernel"]
+    unit = curvature.hessian_diagonal(network, params, data)["dense1"]["bias"]
+    covariance = np.cov(np.asarray(scaled(data.images)).T, bias=True)
+    damped = covariance + 0.01 * np.trace(covariance) / 80 * np.eye(80)
+    for j in range(4):
+        here = np.flatnonzero(alive[:, j])
+        inverse = jnp.linalg.inv(jnp.asarray(damped[np.ix_(here, here)]))
+        places, prices = surgeon.greedy(params["dense1"]["kernel"][here, j], inverse)
+        expected = np.zeros(80)
+        order = here[np.argsort(places)]
+        expected[order] = np.maximum.accumulate(np.asarray(prices)[np.argsort(places)])
+        np.testing.assert_allclose(scores[:, j], expected * float(unit[j]), rtol=1e-7, atol=1e-15)
+
+
+# Convolutions are dense layers on patches -----------------------------------------------------
+
+
+def small_convolutions(seed, padding="VALID", strides=1):
+    rng = np.random.default_rng(seed)
+    conv = [
+        ("conv1", lambda rngs: nnx.Conv(1, 3, (3, 3), padding=padding, strides=strides, rngs=rngs)),
+        ("conv2", lambda rngs: nnx.Conv(3, 2, (2, 3), padding="VALID", rngs=rngs)),
+    ]
+    places = {("VALID", 1): 4 * 3, ("SAME", 2): 3 * 2}[padding, strides]
+    dense = ("dense1", lambda rngs: nnx.Linear(places * 2, 3, rngs=rngs))
+    size = {"VALID": 7, "SAME": 8}[padding]
+
+    def picture(x):
+        return x.reshape(len(x), size, size, 1)
+
+    network = models.Network([picture, conv[0], jax.nn.relu, conv[1], models.flatten, dense])
+    params = jax.tree.map(
+        lambda w: jnp.asarray(rng.normal(size=w.shape)), network.init(jax.random.key(seed))
+    )
+    return network, params, Examples(rng.random((30, size**2)), rng.integers(0, 3, 30))
+
+
+def rows_of_patches(a, height, width, stride=1, pad=(0, 0)):
+    """Every patch of ``a [n, h, w, c]`` as a row, in the order of a kernel's entries, by loops."""
+    a = np.pad(np.asarray(a), ((0, 0), pad, pad, (0, 0)))
+    n, h, w, _ = a.shape
+    places = itertools.product(range(0, h - height + 1, stride), range(0, w - width + 1, stride))
+    patches = [a[:, i : i + height, j : j + width].reshape(n, -1) for i, j in places]
+    return np.stack(patches, 1)
+
+
+@pytest.mark.parametrize(("padding", "strides", "pad"), [("VALID", 1, (0, 0)), ("SAME", 2, (0, 1))])
+def test_a_convolution_is_scored_and_fitted_as_a_dense_layer_on_its_patches(padding, strides, pad):
+    network, params, data = small_convolutions(1, padding, strides)
+    h = curvature.hessian_diagonal(network, params, data, "one_hot")
+    scores = surgeon.scores(network, params, data)
+    pruned = surgeon.layerwise(network, params, data, 40, refit=False, ranked=scores)
+    size = int(data.images.shape[1] ** 0.5)
+    first = rows_of_patches(data.images.reshape(30, size, size, 1), 3, 3, strides, pad)
+    height = int(first.shape[1] ** 0.5)
+    z1 = first @ np.asarray(params["conv1"]["kernel"]).reshape(9, 3) + np.asarray(
+        params["conv1"]["bias"]
+    )
+    second = rows_of_patches(np.maximum(z1, 0).reshape(30, height, height, 3), 2, 3)
+    for name, rows in {"conv1": first, "conv2": second}.items():
+        rows = rows.reshape(-1, rows.shape[-1])
+        kernel = np.asarray(params[name]["kernel"]).reshape(rows.shape[1], -1)
+        kept = np.asarray(pruned.kept[name]["kernel"]).reshape(kernel.shape)
+        covariance = np.cov(rows.T, bias=True)
+        damped = covariance + 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(kernel))
+        found = np.asarray(scores[name]["kernel"]).reshape(kernel.shape)
+        fitted = np.asarray(pruned.params[name]["kernel"]).reshape(kernel.shape)
+        for j in range(kernel.shape[1]):
+            w = jnp.asarray(kernel[:, j])
+            places, prices = surgeon.greedy(w, jnp.linalg.inv(jnp.asarray(damped)))
+            order, expected = np.argsort(places), np.empty(len(kernel))
+            expected[order] = np.maximum.accumulate(np.asarray(prices)[order])
+            unit = float(h[name]["bias"][j])
+            np.testing.assert_allclose(found[:, j], expected * unit, rtol=1e-7)
+            np.testing.assert_allclose(
+                fitted[:, j], surgeon.refit(w, jnp.asarray(damped), jnp.asarray(kept[:, j])),
+                atol=1e-9,
+            )  # fmt: skip
+            bias = params[name]["bias"][j] + rows.mean(0) @ (kernel[:, j] - fitted[:, j])
+            np.testing.assert_allclose(pruned.params[name]["bias"][j], bias, atol=1e-9)
 
 
 def test_bad_input_is_refused_in_words():
@@ -212,7 +311,7 @@ def test_bad_input_is_refused_in_words():
         surgeon.layerwise(network, params, data, 101)
     with pytest.raises(ValueError, match=r"scope: 'unit' is unknown"):
         surgeon.layerwise(network, params, data, 50, "unit")
-    with pytest.raises(ValueError, match=r"convolutions would need patches"):
+    with pytest.raises(ValueError, match=r"needs a models.Network of plain nnx.Linear and nnx.Con"):
         surgeon.scores(lambda p, x: network.apply(p, x), params, data)
     no_bias = models.Network([("dense1", lambda rngs: nnx.Linear(6, 3, use_bias=False, rngs=rngs))])
     with pytest.raises(ValueError, match=r"a layer has no bias"):

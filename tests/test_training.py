@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from reference import flat
 
-from prunelib import data, experiments, models, passes, pruning
+from prunelib import data, experiments, models, passes, pruning, training
 from prunelib.data import Examples
 from prunelib.training import Recipe, train
 
@@ -195,11 +195,23 @@ def test_data_may_be_anywhere(reference):
     """NumPy, on a device, spread over eight, or with wider labels: the same run."""
     for examples in (
         jax.device_put(EXAMPLES, jax.devices()[-1]),
-        data.place(EXAMPLES),
         data.filled(EXAMPLES, 170),
         Examples(IMAGES, LABELS.astype(np.int64)),
     ):
         assert_same(run(examples=examples), reference)
+    spread = run(examples=data.place(EXAMPLES))  # sums in another order
+    np.testing.assert_allclose(losses(spread), losses(reference), rtol=1e-4)
+
+
+def test_what_fills_up_is_not_trained_on():
+    """By `trainer` itself too, and whatever place it has."""
+    start = jax.tree.map(lambda w: w[None], NETWORK.init(jax.random.key(0)))
+    keys, recipe = jax.random.split(jax.random.key(1), 1), replace(RECIPE, steps=9)
+    real = np.arange(2 * len(LABELS)) % 2 == 0
+    mixed = Examples(np.repeat(IMAGES, 2, 0), np.repeat(LABELS, 2), real)
+    for examples in (data.filled(EXAMPLES, 500), mixed):
+        one, two = (training.trainer(NETWORK, recipe, start, e) for e in (EXAMPLES, examples))
+        np.testing.assert_array_equal(one(start, keys)[1], two(start, keys)[1])
 
 
 class Own:

@@ -202,10 +202,11 @@ for _name in (k for k in RUNS | CONTROLS if k.removeprefix("fashion_") in _COMPA
 CURVES["lenet5-without-retraining"] = Curves(
     "lenet5", (80, 60, 50, 40, 30, 20, 15, 10, 5), ("magnitude", "obd", "subset"), pruning.SCOPES
 )
-_UNITS = {"lenet300": (300, (70, 50, 30, 20, 10), 5000), "lenet5": (150, (50, 20), 1000)}
-DROPPING = {f"{name}-units": Dropping(name, *rest) for name, rest in _UNITS.items()}
-for _name, _rest in _UNITS.items():  # SGD at its full rate diverges from what is left
-    DROPPING[f"{_name}_sgd-units"] = Dropping(f"{_name}_sgd", *_rest, rate=0.1)
+DROPPING = {
+    "lenet300-units": Dropping("lenet300"),
+    "lenet300_sgd-units": Dropping("lenet300_sgd", rate=0.1),
+    "lenet5-units": Dropping("lenet5", 150, (50, 20), 1000),
+}
 OUTCOMES = PLANS | CURVES | SURGERY | DROPPING
 
 

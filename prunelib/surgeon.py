@@ -26,9 +26,8 @@ from prunelib.passes import batch_of, forward, mean_over_batches
 
 
 def step(w: jax.Array, inverse: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The best move when weight k goes, ``δ = -(w_k / M_kk) M e_k``, and its price in units of the
-    loss, ``w_k² / (2 M_kk)`` [1]_; `w` is ``[n]``, `inverse` M, the inverse Hessian.
-    """
+    """The best move when weight k of `w` ``[n]`` goes, ``-(w_k / M_kk) M e_k``, and its price in
+    units of the loss, ``w_k² / (2 M_kk)``; `inverse` is M, the inverse Hessian [1]_."""
     return -(w[k] / inverse[k, k]) * inverse[:, k], w[k] ** 2 / (2 * inverse[k, k])
 
 
@@ -39,8 +38,7 @@ def without(inverse: jax.Array, k: int) -> jax.Array:
 
 def refit(w: jax.Array, hessian: jax.Array, kept: jax.Array) -> jax.Array:
     """The weights of lowest ``½ δᵀHδ`` that are zero where `kept` is False: a regression,
-    ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which S goes. `w` and `kept` are ``[n]``; the
-    Hessian is positive definite on the kept weights.
+    ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which S goes. `w` and `kept` are ``[n]``.
     """
     return _regress(hessian, hessian @ w, kept)
 
@@ -143,12 +141,11 @@ def scores(network, params: Any, examples: Examples, damping: float = 0.01) -> A
     curvature = hessian_diagonal(network, params, examples, "gauss_newton")
     found = {}
     for name, layer in params.items():
-        covariance = _moments(logits, params, params, examples, name)[0]
+        covariance, _, mean, _ = _moments(logits, params, params, examples, name)
         kernel = layer["kernel"].reshape(len(covariance), -1)
-        alive = int((kernel != 0).sum(0).max())
-        size = min(len(kernel), max(32, 2 ** (alive - 1).bit_length()))  # few programs
+        size = max(32, 2 ** (int((kernel != 0).sum(0).max()) - 1).bit_length())  # few programs
         unit = curvature[name]["bias"]
-        prices = _prices(_damped(covariance, damping), kernel, unit, size)
+        prices = _prices(_damped(covariance, mean, damping), kernel, unit, min(size, len(kernel)))
         found[name] = {"bias": unit * layer["bias"] ** 2 / 2}
         found[name]["kernel"] = prices.reshape(layer["kernel"].shape)
     return found
@@ -161,8 +158,7 @@ def wanda(network, params: Any, examples: Examples) -> Any:
         covariance, _, mean, _ = _moments(logits, params, params, examples, name)
         size = jnp.sqrt(jnp.diagonal(covariance) + mean**2)[:, None]
         score = jnp.abs(layer["kernel"].reshape(len(size), -1)) * size
-        found[name] = {"kernel": score.reshape(layer["kernel"].shape)}
-        found[name]["bias"] = jnp.zeros_like(layer["bias"])
+        found[name] = {"kernel": score.reshape(layer["kernel"].shape), "bias": 0 * layer["bias"]}
     return found
 
 def _chain(network, params, examples, damping=0.01):
@@ -189,9 +185,12 @@ def _prices(hessian, kernel, curvature, size):
 
     return jax.lax.map(one, (kernel.T, curvature), batch_size=max(1, 2**22 // size**2)).T
 
-def _damped(matrix, damping):
-    mean = jnp.maximum(jnp.diagonal(matrix).mean(), 1e-12)  # zero where all inputs have died
-    return matrix + damping * mean * jnp.eye(len(matrix), dtype=matrix.dtype)
+def _damped(covariance, mean, damping):
+    """With `damping` on the diagonal, or what covers rounding where all inputs are constants."""
+    variance = jnp.diagonal(covariance)
+    least = 100 * jnp.finfo(mean.dtype).eps * (variance + mean**2).mean() + 1e-12
+    added = jnp.maximum(damping * variance.mean(), least)
+    return covariance + added * jnp.eye(len(mean), dtype=mean.dtype)
 
 def _patches(layer, params, a):
     """A layer's inputs as rows ``[n, places, inputs]``; a dense layer has one place."""
@@ -224,11 +223,10 @@ def _moments(logits, params, dense, examples, name):
 def _fit(layer, kept, moments, damping):
     """Ridge regression of the dense outputs on the kept inputs, towards the old weights."""
     covariance, cross, a, z = moments
-    matrix = _damped(covariance, damping)
+    matrix = _damped(covariance, a, damping)
     kernel, kept = (x.reshape(len(a), -1) for x in (layer["kernel"], kept))
     target = cross + (matrix - covariance) @ kernel
-    units = target.T, kept.T  # some at a time: each has a matrix of its own
-    kernel = jax.lax.map(lambda unit: _regress(matrix, *unit), units, batch_size=16).T * kept
+    kernel = jax.lax.map(lambda u: _regress(matrix, *u), (target.T, kept.T), batch_size=16).T * kept
     return {"kernel": kernel.reshape(layer["kernel"].shape), "bias": z - a @ kernel}
 
 

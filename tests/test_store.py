@@ -165,6 +165,15 @@ def test_the_outcomes_are_shipped_and_as_sparse_as_asked(name, cache, monkeypatc
     assert table.accuracy.between(0, 1).all()
     leaves = jax.tree.leaves_with_path(run.network().shapes)
     sizes = {"/".join(p.key for p in path): leaf.size for path, leaf in leaves}
+    if name in experiments.DROPPING:  # counts are of units
+        widths = {p[0].key: n for (p, _), n in zip(leaves, sizes.values(), strict=True)
+                  if p[1].key == "bias"}  # fmt: skip
+        *hidden, _ = widths
+        total = sum(widths[layer] for layer in hidden)
+        assert list(table[hidden].sum(axis=1)) == [
+            total - int((100 - level) * total / 100) for level in table.remaining
+        ]
+        return
     left = table[list(sizes)]
     for row, counts in zip(table.itertuples(), left.to_dict("records"), strict=True):
         percent, total = round(100 - row.remaining, 9), sum(sizes.values())

@@ -195,14 +195,16 @@ def test_the_mask_has_the_percent_and_biases_stay(scope):
     assert 0 <= accuracy <= 1
 
 
-def test_where_all_inputs_have_died_the_weights_stay():
-    """Nothing can be fitted to constants, and nothing divides by them."""
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_inputs_that_are_constants_leave_the_outputs_as_they_are(bias):
+    """Nothing can be fitted to a dead layer's outputs, and nothing divides by their variance."""
     network, params, data = chain(2)
-    params["dense1"]["kernel"] = 0 * params["dense1"]["kernel"]
+    params["dense1"] = jax.tree.map(lambda w: bias + 0 * w, params["dense1"])
+    params["dense1"]["kernel"] *= 0
     pruned = surgeon.layerwise(network, params, data, 60)
-    kept, kernel = pruned.kept["dense2"]["kernel"], params["dense2"]["kernel"]
-    expected = jnp.where(kept, kernel, 0)
-    np.testing.assert_allclose(pruned.params["dense2"]["kernel"], expected, atol=1e-9)
+    before, after = (network.apply(w, data.images) for w in (params, pruned.params))
+    np.testing.assert_allclose(after, before, atol=1e-9)
+    assert (pruned.params["dense2"]["kernel"][~pruned.kept["dense2"]["kernel"]] == 0).all()
 
 
 def test_wanda_is_size_times_the_inputs_norm():

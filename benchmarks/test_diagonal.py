@@ -2,8 +2,9 @@
 
     make bench
 
-Everything runs side by side, in one process, on the same weights and examples, in float32. Errors
-are against `exact` in float64, relative to the largest entry. A time is the shortest of up to ten.
+Everything runs side by side, in one process, on the same weights and examples, in float32, and on
+one core: else it is the libraries' threads, and what else the machine does, that decide. Errors are
+against `exact` in float64, relative to the largest entry. A time is the shortest of up to ten.
 A ratio is the median over pairs: before every run of a candidate, `exact` runs once, so that
 whatever else the machine does slows both. (For ReLU `exact` *is* `gauss_newton`.) Memory is what
 XLA sets aside for a pass, beyond the data and the result. The table is benchmarks/diagonal.csv.
@@ -19,9 +20,13 @@ Not here: kfac-jax 0.0.8, whose `ggn_exact` is the nearest rival, does not impor
 
 import csv
 import functools
+import os
 import platform
 import time
 from pathlib import Path
+
+if hasattr(os, "sched_setaffinity"):  # Linux; before anything starts its threads
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +41,7 @@ from matfree import stochtrace
 
 from prunelib import curvature, data, models, passes, training
 
+torch.set_num_threads(1)
 TABLE = Path(__file__).with_name("diagonal.csv")
 PROBES = 16
 SHORT = training.Recipe(steps=300)  # any weights will do, but not the first ones

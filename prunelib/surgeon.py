@@ -188,9 +188,9 @@ def _prices(hessian, kernel, curvature, size):
 def _damped(covariance, mean, damping):
     """With `damping` on the diagonal, or what covers rounding where all inputs are constants."""
     variance = jnp.diagonal(covariance)
-    least = 100 * jnp.finfo(mean.dtype).eps * (variance + mean**2).mean() + 1e-12
+    least = 10 * jnp.finfo(mean.dtype).eps * (variance + mean**2).sum() + 1e-12
     added = jnp.maximum(damping * variance.mean(), least)
-    return covariance + added * jnp.eye(len(mean), dtype=mean.dtype)
+    return covariance + jnp.diag(jnp.full_like(mean, added))
 
 def _patches(layer, params, a):
     """A layer's inputs as rows ``[n, places, inputs]``; a dense layer has one place."""
@@ -209,15 +209,21 @@ def _moments(logits, params, dense, examples, name):
     """Of a layer's inputs a under `params` and its dense outputs z: Cov(a), Cov(a, z), E a, E z."""
     layer = next(layer for layer in logits.origin.layers if layer.name == name)
 
-    def batch(images, labels, weights):
+    def rows(images):
         a = _patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
         z = shifted(logits.origin, dense, images, {})[1][1][name]
-        a, w = a.reshape(-1, a.shape[-1]), jnp.repeat(weights / a.shape[1], a.shape[1])
-        z, of_a = z.reshape(-1, z.shape[-1]), (w[:, None] * a).T
+        return a.reshape(-1, a.shape[-1]), z.reshape(-1, z.shape[-1])
+
+    near = [x.mean(0, keepdims=True) for x in rows(examples.images[:100])]  # for small variances
+
+    def batch(images, labels, weights):
+        a, z = (x - mean for x, mean in zip(rows(images), near, strict=True))
+        w = jnp.repeat(weights, len(a) // len(images)) * (len(images) / len(a))
+        of_a = (w[:, None] * a).T
         return of_a @ a, of_a @ z, w @ a, w @ z
 
     aa, az, a, z = mean_over_batches(batch, examples, batch_of(None, logits, 4))
-    return aa - jnp.outer(a, a), az - jnp.outer(a, z), a, z
+    return aa - jnp.outer(a, a), az - jnp.outer(a, z), a + near[0][0], z + near[1][0]
 
 @jax.jit
 def _fit(layer, kept, moments, damping):

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from prunelib import checks
@@ -158,7 +159,8 @@ def _by_layers(logits, terms, loss, params, images, labels, weights):
     out = {n: {"kernel": (inputs[n] ** 2).T @ q, "bias": q.sum(0)} for n, q in dense.items()}
     for layer in conv:
         a, by_place = inputs[layer.name], jnp.moveaxis(signals[layer.name], 0, -2)
-        out[layer.name] = _conv_squares(layer.module(params), a, by_place, factor.T)
+        out[layer.name] = _conv_squares(patches(layer, params, a), by_place, factor.T)
+        out[layer.name]["kernel"] = out[layer.name]["kernel"].reshape(layer.shapes["kernel"].shape)
     return {n: {kind: out[n][kind] for kind in params[n]} for n in params}  # one may have no bias
 
 def _bent(network, params, z, gradients, top):
@@ -187,22 +189,27 @@ def _bent(network, params, z, gradients, top):
             found, _ = jax.lax.scan(partial(from_unit, m), found, units, unroll=10)
     return dict(zip(names, found, strict=True))
 
-def _conv_squares(module, a, signals, factor):
-    """``a [n, h, w, in]``, signals ``[n, h', w', c, out]`` -> sums over examples.
+def patches(layer, params, a):
+    """What meets a layer's kernel, ``[n, places, inputs]``; a dense layer has one place."""
+    if layer.kind is nnx.Linear:
+        return a[:, None]
+    module = layer.module(params)
+    found = jax.lax.conv_general_dilated_patches(
+        a, module.kernel_size, np.broadcast_to(module.strides or 1, 2), module.padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    found = found.reshape(len(a), -1, a.shape[-1], np.prod(module.kernel_size))
+    return found.swapaxes(2, 3).reshape(*found.shape[:2], -1)  # kernels list the place first
+
+def _conv_squares(rows, signals, factor):
+    """Patches ``[n, places, inputs]``, signals ``[n, h', w', c, out]`` -> sums over examples.
 
     A kernel is shared over positions: each example's gradient is summed over them, then squared.
     """
     n, _, _, classes, out = signals.shape
-    height, width = module.kernel_size
-    steps = module.strides if isinstance(module.strides, tuple) else (module.strides or 1,) * 2
-    patches = jax.lax.conv_general_dilated_patches(
-        a, (height, width), steps, module.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    ).reshape(n, signals.shape[1] * signals.shape[2], -1)
     flat = signals.reshape(n, -1, classes * out)
-    gradients = jnp.einsum("npk,npo->nko", patches, flat).reshape(n, -1, classes, out)
+    gradients = jnp.einsum("npk,npo->nko", rows, flat).reshape(n, -1, classes, out)
     kernel = jnp.einsum("nkco,nc->ko", gradients**2, factor)
-    # patches list the input channel first, kernels the place first
-    kernel = kernel.reshape(-1, height, width, out).transpose(1, 2, 0, 3)
     return {"kernel": kernel, "bias": jnp.einsum("nco,nc->o", signals.sum((1, 2)) ** 2, factor)}
 
 def _by_examples(logits, terms, params, images, labels, weights):

@@ -21,7 +21,7 @@ from prunelib import checks, pruning
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples
-from prunelib.gauss_newton import is_chain, shifted
+from prunelib.gauss_newton import is_chain, patches, shifted
 from prunelib.passes import batch_of, forward, mean_over_batches
 
 
@@ -192,25 +192,13 @@ def _damped(covariance, mean, damping):
     added = jnp.maximum(damping * variance.mean(), least)
     return covariance + jnp.diag(jnp.full_like(mean, added))
 
-def _patches(layer, params, a):
-    """A layer's inputs as rows ``[n, places, inputs]``; a dense layer has one place."""
-    if layer.kind is nnx.Linear:
-        return a[:, None]
-    module = layer.module(params)
-    found = jax.lax.conv_general_dilated_patches(
-        a, module.kernel_size, np.broadcast_to(module.strides or 1, 2), module.padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
-    found = found.reshape(len(a), -1, a.shape[-1], np.prod(module.kernel_size))
-    return found.swapaxes(2, 3).reshape(*found.shape[:2], -1)  # kernels list the place first
-
 @partial(jax.jit, static_argnums=(0, 4))
 def _moments(logits, params, dense, examples, name):
     """Of a layer's inputs a under `params` and its dense outputs z: Cov(a), Cov(a, z), E a, E z."""
     layer = next(layer for layer in logits.origin.layers if layer.name == name)
 
     def rows(images):
-        a = _patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
+        a = patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
         z = shifted(logits.origin, dense, images, {})[1][1][name]
         return a.reshape(-1, a.shape[-1]), z.reshape(-1, z.shape[-1])
 

@@ -22,7 +22,7 @@ from prunelib import checks
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples, scaled
-from prunelib.gauss_newton import is_chain, shifted
+from prunelib.gauss_newton import is_chain, patches, shifted
 from prunelib.models import Network, Params
 from prunelib.passes import batch_of, forward, mean_over_batches
 
@@ -185,7 +185,7 @@ def _moments(logits, params, dense, examples, name, damping):
     (layer,) = (layer for layer in logits.origin.layers if layer.name == name)
 
     def batch(images, labels, weights):
-        x = _patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
+        x = patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
         z = shifted(logits.origin, dense, images, {})[1][1][name].reshape(*x.shape[:2], -1)
         w = weights[:, None, None] / x.shape[1]
         products = (jnp.einsum("npi,npj->ij", w * x, y) for y in (x, z))
@@ -197,15 +197,3 @@ def _moments(logits, params, dense, examples, name, damping):
     ridge = damping * jnp.diagonal(xx).mean()
     old = dense[name]["kernel"].reshape(xz.shape)
     return xx + ridge * jnp.eye(len(xx), dtype=xx.dtype), xz + ridge * old, x, z
-
-def _patches(layer, params, x):
-    """What meets a kernel, ``[n, places, inputs]``: of a convolution the patches, channel last."""
-    if layer.kind is nnx.Linear:
-        return x[:, None]
-    module = layer.module(params)
-    steps = module.strides if isinstance(module.strides, tuple) else (module.strides or 1,) * 2
-    patches = jax.lax.conv_general_dilated_patches(
-        x, module.kernel_size, steps, module.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    patches = patches.reshape(len(x), -1, x.shape[-1], np.prod(module.kernel_size))
-    return patches.swapaxes(2, 3).reshape(*patches.shape[:2], -1)

@@ -41,6 +41,9 @@ def main(folder: Path) -> None:
         old.unlink()
     (folder.parent / "pyproject.toml").write_text("# figures.save looks for this file\n")
     shutil.copytree(ROOT / "benchmarks", folder.parent / "benchmarks", dirs_exist_ok=True)
+    (folder.parent / "figures").mkdir(exist_ok=True)
+    for measured in (ROOT / "figures").glob("gpu_*.csv"):  # on a card, once
+        shutil.copy(measured, folder.parent / "figures")
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         count = with_solutions(notebook)

@@ -167,8 +167,8 @@ def _many_rounds(name: str) -> dict[str, Plan]:
     small, start = name == "lenet300", f"{name}_decay"
     recipe = replace(SGD, steps=4000, batch=128) if small else replace(SGD, steps=2000)
     held, few = replace(recipe, held_out=5000), (10, 4, 2, 1) if small else (10, 3, 1, 0.5)
-    found, (best, *others) = {}, CHOICES[name]
-    for rate, decay in (best, *others):
+    found, best = {}, CHOICES[name][0]
+    for rate, decay in CHOICES[name]:
         choice = replace(held, learning_rate=rate, weight_decay=decay)
         plan = Plan(f"{start}_held", "magnitude", choice, few)
         found[f"{name}-sgd-rate{rate:g}-decay{decay:g}"] = plan
@@ -331,12 +331,13 @@ def _surgery(plan: Surgery) -> pd.DataFrame:
                     surgeon.layerwise(network, w, some, 100 - level, ranked=scores).params
                     for w, scores in zip(dense, ranked, strict=True)
                 ]
+            found = [pruning.evaluate(network, w, test) for w in pruned]
+            before = [measure.accuracy for measure in found]
             kept, params = (jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (kept, pruned))
             if plan.retraining:
                 params = retrain(params, jnp.stack(keys), kept)[0]
-            last = [jax.tree.map(lambda w, i=i: w[i], params) for i in range(len(keys))]
-            found = [pruning.evaluate(network, w, test) for w in last]
-            before = [pruning.evaluate(network, w, test).accuracy for w in pruned]
+                last = [jax.tree.map(lambda w, i=i: w[i], params) for i in range(len(keys))]
+                found = [pruning.evaluate(network, w, test) for w in last]
             named = {"criterion": criterion, "update": update, "remaining": level}
             rows = pd.DataFrame(found).assign(seed=runs.seeds, before=before, **named)
             tables.append(pd.concat([rows, _counts(kept, axes=1)], axis=1))
@@ -344,7 +345,7 @@ def _surgery(plan: Surgery) -> pd.DataFrame:
 
 def _dropping(plan: Dropping) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
-    found = drop_and_retrain(run.network(), runs, plan, *data.load(run.dataset))
+    found = drop_and_retrain(run.network(), runs, plan, *run.load())
     return found.assign(recipe=plan.start)
 
 def _curves(plan: Curves) -> pd.DataFrame:

@@ -177,10 +177,7 @@ def _many_rounds(name: str) -> dict[str, Plan]:
     for c in ("obs", "obd", "magnitude", "random")[: 4 if small else 3]:
         some = None if small else SUBSET
         found[f"{name}-sgd-{c}"] = Plan(start, c, recipe, LEVELS[name], scored_on=some)
-    if small:
-        return found | _by_adam()
-    longer = replace(recipe, steps=2 * recipe.steps)
-    return found | {f"{name}-sgd-obd-longer": Plan(start, "obd", longer, LEVELS[name], scored_on=SUBSET)}
+    return found | (_by_adam() if small else {})
 
 
 def _by_adam() -> dict[str, Plan]:

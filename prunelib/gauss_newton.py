@@ -153,9 +153,7 @@ def _by_layers(logits, terms, loss, params, images, labels, weights):
         top = jax.grad(lambda z: loss(z, labels).sum())(top)
         start = _bent(network, params, z, pull(top)[0], top)
         start = {name: weights[:, None] * start[name] for name in start}
-    # Small matrix products gain by running on without a loop; convolutions compile slowly.
-    unroll = 1 if conv else min(10, count)
-    dense, (factor, signals) = jax.lax.scan(add, start, jnp.arange(count), unroll=unroll)
+    dense, (factor, signals) = jax.lax.scan(add, start, jnp.arange(count))
     out = {n: {"kernel": (inputs[n] ** 2).T @ q, "bias": q.sum(0)} for n, q in dense.items()}
     for layer in conv:
         a, by_place = inputs[layer.name], jnp.moveaxis(signals[layer.name], 0, -2)
@@ -186,7 +184,7 @@ def _bent(network, params, z, gradients, top):
     for m, f in list(enumerate(functions))[2:]:
         if varies(slope(f), [jax.typeof(r[m])]):  # else r is zero
             units = kernels[m].T, r[m].T
-            found, _ = jax.lax.scan(partial(from_unit, m), found, units, unroll=10)
+            found, _ = jax.lax.scan(partial(from_unit, m), found, units)
     return dict(zip(names, found, strict=True))
 
 def patches(layer, params, a):

@@ -17,8 +17,9 @@ import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prunelib import checks, data, models, pruning, store, surgeon, taylor
-from prunelib.dropping import Dropping, drop_and_retrain
-from prunelib.retraining import CRITERIA, keep_pruned, prune_and_retrain
+from prunelib.retraining import (
+    CRITERIA, UNIT_CRITERIA, cut_units, cut_weights, each, keep_pruned, prune_and_retrain,
+)  # fmt: skip
 from prunelib.training import Recipe, Runs, train, trainer
 
 VERSION = 1  # of the algorithms; raise it by hand when what they compute changes
@@ -125,6 +126,19 @@ class Surgery:
     remaining: tuple[float, ...] = (20, 10, 5, 2)
     criteria: tuple[str, ...] = ("magnitude", "obd", "obs")
     scored_on: int = 5000
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """The same of whole units, percent of all hidden layers together. Retraining is the run's own
+    recipe, for `steps`, its learning rate times `rate`.
+    """
+
+    start: str
+    steps: int = 300
+    remaining: tuple[float, ...] = (70, 50, 30, 20, 10)
+    scored_on: int = 5000
+    rate: float = 1.0
 
 
 class Curves(NamedTuple):
@@ -271,8 +285,7 @@ def _experiment(name: str) -> store.Arrays:
     if name in PLANS:
         table, networks = _rounds(plan, name in PICTURED)
     else:
-        make = {Curves: _curves, Surgery: _surgery, Dropping: _dropping}[type(plan)]
-        table, networks = make(plan), {}
+        table, networks = _curves(plan) if name in CURVES else _once(plan), {}
     numeric = set(table.select_dtypes("number"))
     return {c: table[c].to_numpy(None if c in numeric else str) for c in table} | networks
 
@@ -312,41 +325,32 @@ def _counts(kept, axes: int) -> pd.DataFrame:
     arrays = {"/".join(checks.names_of(path)): a for path, a in jax.tree.leaves_with_path(kept)}
     return pd.DataFrame({k: a.sum(tuple(range(axes, a.ndim))).ravel() for k, a in arrays.items()})
 
-def _surgery(plan: Surgery) -> pd.DataFrame:
+def _once(plan: Surgery | Dropping) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
     network, (train, test) = run.network(), run.load()
-    some, keys = train.first(plan.scored_on), [jax.random.key(seed) for seed in runs.seeds]
-    dense = [runs.select(i) for i in range(len(keys))]
-    if plan.retraining:
-        retrain = trainer(network, plan.retraining, runs.params, train, keep_pruned)
-    free, tables = pruning.weights_only(dense[0]), []
-    for criterion in plan.criteria:
-        score = CRITERIA[criterion]
-        ranked = [score(network, w, some, key) for w, key in zip(dense, keys, strict=True)]
+    some, keys = train.first(plan.scored_on), jnp.stack([jax.random.key(s) for s in runs.seeds])
+    if isinstance(plan, Dropping):
+        criteria, cut, rate = UNIT_CRITERIA, cut_units, plan.rate * runs.recipe.learning_rate
+        recipe = replace(runs.recipe, steps=plan.steps, learning_rate=rate)
+    else:
+        criteria, cut, recipe = {c: CRITERIA[c] for c in plan.criteria}, cut_weights, plan.retraining
+    retrain = recipe and trainer(network, recipe, runs.params, train, keep_pruned)
+    tables = []
+    for criterion, score in criteria.items():
+        scores = each(lambda w, key, s=score: s(network, w, some, key), runs.params, keys)
         for level, update in product(plan.remaining, (0, 1)):
-            kept = [pruning.mask(scores, 100 - level, prunable=free) for scores in ranked]
-            pruned = [pruning.masked(*both) for both in zip(dense, kept, strict=True)]
-            if update:
-                pruned = [
-                    surgeon.layerwise(network, w, some, 100 - level, ranked=scores).params
-                    for w, scores in zip(dense, ranked, strict=True)
-                ]
-            found = [pruning.evaluate(network, w, test) for w in pruned]
-            before = [measure.accuracy for measure in found]
-            kept, params = (jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (kept, pruned))
-            if plan.retraining:
-                params = retrain(params, jnp.stack(keys), kept)[0]
-                last = [jax.tree.map(lambda w, i=i: w[i], params) for i in range(len(keys))]
-                found = [pruning.evaluate(network, w, test) for w in last]
+            params, kept, left = each(
+                lambda w, s, p=100 - level, u=update: cut(network, w, s, p, some, u),
+                runs.params, scores,
+            )  # fmt: skip
+            found = before = each(lambda w: pruning.evaluate(network, w, test), params)
+            if retrain:
+                params = retrain(params, keys, kept)[0]
+                found = each(lambda w: pruning.evaluate(network, w, test), params)
             named = {"criterion": criterion, "update": update, "remaining": level}
-            rows = pd.DataFrame(found).assign(seed=runs.seeds, before=before, **named)
-            tables.append(pd.concat([rows, _counts(kept, axes=1)], axis=1))
+            rows = pd.DataFrame({"seed": runs.seeds, "before": before.accuracy, **found._asdict()})
+            tables.append(pd.concat([rows.assign(**named), _counts(left, axes=1)], axis=1))
     return pd.concat(tables, ignore_index=True).assign(recipe=plan.start, scope="all")
-
-def _dropping(plan: Dropping) -> pd.DataFrame:
-    run, runs = _run(plan.start), trained(plan.start)
-    found = drop_and_retrain(run.network(), runs, plan, *run.load())
-    return found.assign(recipe=plan.start)
 
 def _curves(plan: Curves) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
@@ -355,18 +359,16 @@ def _curves(plan: Curves) -> pd.DataFrame:
 
     def curve(params, scores, scope, criterion):
         if criterion == "obs":
-            levels = [surgeon.layerwise(network, params, train, p, ranked=scores) for p in percents]
-            found = pd.DataFrame([pruning.evaluate(network, w, test) for w, _ in levels])
-            left = pd.concat([_counts(kept, axes=0) for _, kept in levels], ignore_index=True)
-            return pd.concat([found.assign(remaining=plan.remaining), left], axis=1)
-        found = pruning.accuracy_curve(network, params, scores, test, percents, scope)
-        masks = [pruning.mask(scores, p, scope) for p in percents]
-        left = pd.concat([_counts(kept, axes=0) for kept in masks], ignore_index=True)
+            cuts = [surgeon.layerwise(network, params, train, p, ranked=scores) for p in percents]
+        else:
+            masks = [pruning.mask(scores, p, scope) for p in percents]
+            cuts = [(pruning.masked(params, kept), kept) for kept in masks]
+        kept = jax.tree.map(lambda *each: jnp.stack(each), *(kept for _, kept in cuts))
+        found = pd.DataFrame([pruning.evaluate(network, w, test) for w, _ in cuts])
+        parts = [found.assign(remaining=plan.remaining), _counts(kept, axes=1)]
         if plan.terms:
-            together = jax.tree.map(lambda *kept: jnp.stack(kept), *masks)
-            change = taylor.loss_change(network, params, together, train)
-            left = pd.concat([left, pd.DataFrame(change._asdict())], axis=1)
-        return pd.concat([found.drop(columns="percent"), left], axis=1)
+            parts.append(pd.DataFrame(taylor.loss_change(network, params, kept, train)._asdict()))
+        return pd.concat(parts, axis=1)
 
     def curves(params):
         tables = []

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pandas as pd
 
-from prunelib import checks, pruning, surgeon
+from prunelib import checks, pruning, surgeon, units
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples, collected
@@ -66,6 +66,39 @@ CRITERIA = {
     "recomputed": lambda network, params, examples, key: recomputed(network, params, examples),
     "random": lambda network, params, examples, key: pruning.random_scores(key, params),
 }
+
+
+UNIT_CRITERIA = {  # scores of units: of all their weights, of what they give, or of the others' move
+    "random": lambda network, params, examples, key: pruning.random_scores(
+        key, units.summed(network, params)
+    ),
+    "magnitude": lambda network, params, examples, key: units.summed(
+        network, jax.tree.map(jnp.square, params)
+    ),
+    "obd": lambda network, *inputs: units.summed(network, CRITERIA["obd"](network, *inputs)),
+    "gate": lambda network, params, examples, key: units.gate(network, params, examples),
+    "obs": lambda network, params, examples, key: units.obs(network, params, examples),
+}
+
+
+def cut_weights(network, params: Any, scores: Any, percent: float, examples: Examples, move: bool):
+    """Prune `percent` of the weights, biases kept; with `move` the others take over (`surgeon`).
+
+    Returns params, zero where pruned, their mask, and that mask again.
+    """
+    if move:
+        found = surgeon.layerwise(network, params, examples, percent, ranked=scores)
+        return *found, found.kept
+    kept = pruning.mask(scores, percent, prunable=pruning.weights_only(params))
+    return pruning.masked(params, kept), kept, kept
+
+
+def cut_units(network, params: Any, scores: dict, percent: float, examples: Examples, move: bool):
+    """As `cut_weights`, of whole units, never all of a layer; the last is the mask of units."""
+    chosen = pruning.mask(units.spared(scores), percent)
+    kept = units.mask(network, params, chosen)
+    refit = units.refit(network, params, chosen, examples) if move else None
+    return refit or pruning.masked(params, kept), kept, chosen
 
 
 class Retrained(NamedTuple):
@@ -130,12 +163,12 @@ def prune_and_retrain(
     for number, percent in enumerate(percents):
         if percent > last:
             fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number))(keys)
-            kept = _each(partial(prune, percent), params, kept, fresh)
+            kept = each(partial(prune, percent), params, kept, fresh)
             params, last = pruning.masked(params, kept), percent
-        before = _each(lambda w: pruning.evaluate(network, w, test), params)
+        before = each(lambda w: pruning.evaluate(network, w, test), params)
         fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number + 1))(keys)
         params, _, _ = retrain(params, fresh, kept)
-        after = _each(lambda w: pruning.evaluate(network, w, test), params)
+        after = each(lambda w: pruning.evaluate(network, w, test), params)
         level = {"round": number + 1, "percent": percent, "remaining": 100 - percent}
         columns = {"seed": seeds, "before": before.accuracy, **after._asdict()}
         rows.append(pd.DataFrame(columns).assign(**level))
@@ -143,7 +176,8 @@ def prune_and_retrain(
     masks = jax.tree.map(lambda *each: np.stack(each), *masks)
     return Retrained(pd.concat(rows, ignore_index=True), masks, params)
 
-def _each(function, *trees):
+
+def each(function, *trees):
     """``function`` of one seed after the other, stacked: a pass over the data fills memory."""
     seeds = range(len(jax.tree.leaves(trees)[0]))
     found = [function(*jax.tree.map(lambda leaf, i=i: leaf[i], trees)) for i in seeds]

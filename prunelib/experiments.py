@@ -16,10 +16,8 @@ import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prunelib import checks, data, models, pruning, store, surgeon, taylor
-from prunelib.retraining import (
-    CRITERIA, UNIT_CRITERIA, cut_units, cut_weights, each, keep_pruned, prune_and_retrain,
-)  # fmt: skip
+from prunelib import checks, data, models, pruning, retraining, store, surgeon, taylor
+from prunelib.retraining import CRITERIA, each, keep_pruned, prune_and_retrain
 from prunelib.training import Recipe, Runs, train, trainer
 
 VERSION = 1  # of the algorithms; raise it by hand when what they compute changes
@@ -330,10 +328,12 @@ def _once(plan: Surgery | Dropping) -> pd.DataFrame:
     network, (train, test) = run.network(), run.load()
     some, keys = train.first(plan.scored_on), jnp.stack([jax.random.key(s) for s in runs.seeds])
     if isinstance(plan, Dropping):
-        criteria, cut, rate = UNIT_CRITERIA, cut_units, plan.rate * runs.recipe.learning_rate
+        criteria, cut = retraining.UNIT_CRITERIA, retraining.cut_units
+        rate = plan.rate * runs.recipe.learning_rate
         recipe = replace(runs.recipe, steps=plan.steps, learning_rate=rate)
     else:
-        criteria, cut, recipe = {c: CRITERIA[c] for c in plan.criteria}, cut_weights, plan.retraining
+        criteria, cut = {c: CRITERIA[c] for c in plan.criteria}, retraining.cut_weights
+        recipe = plan.retraining
     retrain = recipe and trainer(network, recipe, runs.params, train, keep_pruned)
     tables = []
     for criterion, score in criteria.items():

@@ -68,7 +68,7 @@ CRITERIA = {
 }
 
 
-UNIT_CRITERIA = {  # scores of units: of all their weights, of what they give, or of the others' move
+UNIT_CRITERIA = {  # the same for units: each score is one a unit
     "random": lambda network, params, examples, key: pruning.random_scores(
         key, units.summed(network, params)
     ),
@@ -81,7 +81,7 @@ UNIT_CRITERIA = {  # scores of units: of all their weights, of what they give, o
 }
 
 
-def cut_weights(network, params: Any, scores: Any, percent: float, examples: Examples, move: bool):
+def cut_weights(network, params: Any, scores: Any, percent: float, examples: Examples, move=False):
     """Prune `percent` of the weights, biases kept; with `move` the others take over (`surgeon`).
 
     Returns params, zero where pruned, their mask, and that mask again.
@@ -93,7 +93,7 @@ def cut_weights(network, params: Any, scores: Any, percent: float, examples: Exa
     return pruning.masked(params, kept), kept, kept
 
 
-def cut_units(network, params: Any, scores: dict, percent: float, examples: Examples, move: bool):
+def cut_units(network, params: Any, scores: dict, percent: float, examples: Examples, move=False):
     """As `cut_weights`, of whole units, never all of a layer; the last is the mask of units."""
     chosen = pruning.mask(units.spared(scores), percent)
     kept = units.mask(network, params, chosen)

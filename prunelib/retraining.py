@@ -154,11 +154,9 @@ def prune_and_retrain(
     rows, masks, last = [], [], 0
 
     def prune(percent, params, kept, key):  # what is pruned already goes first, and so stays
-        scores = score(network, params, scored, key)
-        checks.scores(scores)
-        scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
-        below = pruning.limits(scores, percent, scope)
-        return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope), below)
+        order = pruning.ranks(score(network, params, scored, key), scope)
+        order = jax.tree.map(lambda place, k: jnp.where(k, place, -1), order, kept)
+        return pruning.mask(order, percent, scope)
 
     for number, percent in enumerate(percents):
         if percent > last:

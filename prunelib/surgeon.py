@@ -74,12 +74,10 @@ def sparsegpt(weights: jax.Array, hessian: jax.Array, percent: float, block: int
     `percent` of ``w_i² / U_ii²`` go. Returns weights with zeros.
     """
     upper = jnp.linalg.cholesky(jnp.linalg.inv(hessian)).T
-    share = float(checks.percent(percent)) / 100
     for start in range(0, len(weights), block):
         rows = slice(start, start + block)
         score = weights[rows] ** 2 / jnp.diagonal(upper)[rows, None] ** 2
-        order = pruning.places({"": score}, "all", (True,))[""]
-        weights = sweep(weights, upper, order >= int(share * score.size), start)
+        weights = sweep(weights, upper, pruning.mask(score, percent), start)
     return weights
 
 

@@ -139,7 +139,8 @@ class Dropping:
     rate: float = 1.0
 
 
-class Curves(NamedTuple):
+@dataclass(frozen=True)
+class Curves:
     """Pruning without retraining; "subset" is OBD by the first SUBSET examples, "obs" is layer-wise
     OBS with its update, of the weights alone. With `terms`, those of `taylor.loss_change` too.
     """
@@ -268,8 +269,7 @@ def _settings(name: str) -> dict:
     if run.prepared:
         settings["prepared"] = run.prepared.__name__
     if plan:
-        fields = plan._asdict() if name in CURVES else asdict(plan)
-        settings["plan"] = {k: v for k, v in fields.items() if (k, v) != ("terms", False)}
+        settings["plan"] = asdict(plan)
     return settings
 
 def _train(name: str) -> store.Arrays:

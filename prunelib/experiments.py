@@ -225,10 +225,8 @@ OUTCOMES = PLANS | CURVES | SURGERY | DROPPING
 
 def trained(name: str) -> Runs:
     """The networks of a run, a key of RUNS or CONTROLS: fetched, or trained if not there."""
-    run = _run(name)
-    arrays = store.kept(name, _settings(name), lambda: _train(name))
-    history = pd.DataFrame({k.split("/")[1]: v for k, v in arrays.items() if k[:8] == "history/"})
-    params = unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/")["params"]
+    run, found = _run(name), unflatten_dict(_kept(name), sep="/")
+    params, history = jax.tree.map(jnp.asarray, found["params"]), pd.DataFrame(found["history"])
     return Runs(run.recipe, tuple(range(run.seeds)), params, history)
 
 
@@ -240,7 +238,7 @@ def outcome(name: str) -> pd.DataFrame:
     `accuracy` and `loss`; and how many entries of each array are left, by the array's path.
     """
     checks.one_of("name", name, OUTCOMES)
-    arrays = store.kept(name, _settings(name), lambda: _experiment(name))
+    arrays = _kept(name)
     return pd.DataFrame({k: v for k, v in arrays.items() if k[:7] not in ("params/", "rounds/")})
 
 
@@ -251,9 +249,11 @@ def smallest(name: str) -> tuple:
     more than r rounds is the mask of round r + 1.
     """
     checks.one_of("name", name, PICTURED)
-    arrays = store.kept(name, _settings(name), lambda: _experiment(name))
-    found = unflatten_dict(arrays, sep="/")
+    found = unflatten_dict(_kept(name), sep="/")
     return found["params"], found["rounds"]
+
+def _kept(name: str) -> store.Arrays:
+    return store.kept(name, _settings(name), lambda: _made(name))
 
 def _run(name: str) -> Run:
     known = RUNS | CONTROLS | STARTS
@@ -272,22 +272,23 @@ def _settings(name: str) -> dict:
         settings["plan"] = asdict(plan)
     return settings
 
-def _train(name: str) -> store.Arrays:
-    run = _run(name)
-    runs = train(run.network(), run.recipe, run.load().train, range(run.seeds))
-    history = {f"history/{column}": runs.history[column].to_numpy() for column in runs.history}
-    return flatten_dict({"params": jax.device_get(runs.params)}, sep="/") | history
-
-def _experiment(name: str) -> store.Arrays:
-    plan = OUTCOMES[name]
+def _made(name: str) -> store.Arrays:
+    """The arrays of a run, trained anew, or of an outcome."""
+    plan, networks = OUTCOMES.get(name), {}
     if name in PLANS:
         table, networks = _rounds(plan, name in PICTURED)
+    elif plan:
+        table = _curves(plan) if name in CURVES else _once(plan)
     else:
-        table, networks = _curves(plan) if name in CURVES else _once(plan), {}
+        run = _run(name)
+        runs = train(run.network(), run.recipe, run.load().train, range(run.seeds))
+        networks = {"params": jax.device_get(runs.params)}
+        table = runs.history.add_prefix("history/")
     numeric = set(table.select_dtypes("number"))
-    return {c: table[c].to_numpy(None if c in numeric else str) for c in table} | networks
+    columns = {c: table[c].to_numpy(None if c in numeric else str) for c in table}
+    return columns | flatten_dict(networks, sep="/")
 
-def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, store.Arrays]:
+def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, dict]:
     run, runs = _run(plan.start), trained(plan.start)
     network, (train, test) = run.network(), run.load()
     if held := plan.retraining.held_out:
@@ -301,8 +302,7 @@ def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, store.Arrays]:
         )  # fmt: skip
         if pictured:
             rounds = jax.tree.map(lambda k: k.sum(0, dtype="int8"), found.kept)
-            last = {"params": jax.device_get(found.params), "rounds": rounds}
-            networks.update(flatten_dict(last, sep="/"))
+            networks.update(params=jax.device_get(found.params), rounds=rounds)
         left = _counts(found.kept, axes=2)  # rounds, then seeds: the order of the table's rows
         table = found.table.assign(remaining=found.table.remaining.round(9))
         return pd.concat([table, left], axis=1)
@@ -391,8 +391,7 @@ def main(names: Sequence[str] = ()) -> None:
     for name in names or RUNS | OUTCOMES:
         checks.one_of("name", name, RUNS | OUTCOMES)
         start = time.perf_counter()
-        arrays = _train(name) if name in RUNS else _experiment(name)
-        store.write(store.SHIPPED / f"{name}.npz", arrays, _settings(name))
+        store.write(store.SHIPPED / f"{name}.npz", _made(name), _settings(name))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

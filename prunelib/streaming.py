@@ -35,8 +35,8 @@ def mean(
     summed is only read again, to see that it is the same. Where the file is damaged, or of another
     stream or measure (by the first chunk's value, and by `about`, a pytree of all arrays that the
     measure depends on), the pass starts over or ends, and says so. The file goes when the pass is
-    done. Raises ValueError if there are no chunks, others than before,
-    or values of another shape; FloatingPointError if the mean is not finite.
+    done. Raises ValueError if there are no chunks, others than before, or values of another shape;
+    FloatingPointError if the mean is not finite.
     """
     checks.whole("every", every)
     file = None if file is None else Path(file).expanduser()

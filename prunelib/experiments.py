@@ -93,6 +93,7 @@ _DECAY = replace(SGD, weight_decay=5e-4)
 STARTS = {
     "lenet300_decay": Run(models.lenet300, replace(_DECAY, steps=10_000, batch=128), 3),
     "lenet5_decay": Run(models.lenet5, replace(_DECAY, steps=3_750, learning_rate=0.02), 3),
+    "lenet300": RUNS["lenet300"],
 }
 for _name, _known in list(STARTS.items()):
     STARTS[f"{_name}_held"] = _known._replace(recipe=replace(_known.recipe, held_out=5000))
@@ -189,7 +190,20 @@ def _many_rounds(name: str) -> dict[str, Plan]:
     for c in ("obs", "obd", "magnitude", "random")[: 4 if small else 3]:
         some = None if small else SUBSET
         found[f"{name}-sgd-{c}"] = Plan(start, c, recipe, LEVELS[name], scored_on=some)
-    return found
+    if small:
+        return found | _by_adam()
+    longer = replace(recipe, steps=2 * recipe.steps)
+    return found | {f"{name}-sgd-obd-longer": Plan(start, "obd", longer, LEVELS[name], scored_on=SUBSET)}
+
+
+def _by_adam() -> dict[str, Plan]:
+    """LeNet-300-100 trained and retrained by Adam, by the same steps; its rate is chosen alike."""
+    recipe, levels, found = Recipe(steps=4000, batch=128), LEVELS["lenet300"], {}
+    for rate in ADAM_RATES:
+        held = replace(recipe, learning_rate=rate, held_out=5000)
+        found[f"lenet300-adam-rate{rate:g}"] = Plan("lenet300_held", "magnitude", held, (10, 4, 2, 1))
+    best = replace(recipe, learning_rate=ADAM_RATES[0])
+    return found | {f"lenet300-adam-{c}": Plan("lenet300", c, best, levels) for c in CRITERIA_3}
 
 
 LEVELS = {
@@ -200,6 +214,8 @@ CHOICES = {  # learning rate and weight decay; the first was best on held-out ex
     "lenet300": ((0.1, 5e-4), (0.2, 1e-4), (0.1, 1e-4), (0.05, 5e-4), (0.05, 1e-4)),
     "lenet5": ((0.05, 5e-4), (0.05, 1e-4), (0.02, 5e-4), (0.02, 1e-4)),
 }
+ADAM_RATES = (1e-3, 2e-3, 5e-4)
+CRITERIA_3 = ("obs", "obd", "magnitude")
 PLANS = _plans()
 PICTURED = ("lenet300-sgd-obs", "lenet5-sgd-obs")  # their last networks are kept too
 SURGERY = {"plain-surgery": Surgery("plain", replace(_ROUND, steps=3000))}
@@ -219,6 +235,7 @@ DROPPING = {
     "lenet300-units": Dropping("lenet300"),
     "lenet300_sgd-units": Dropping("lenet300_sgd", rate=0.1),
     "lenet5-units": Dropping("lenet5", 150, (50, 20), 1000),
+    "lenet5_sgd-units": Dropping("lenet5_sgd", 150, (50, 20), 1000, rate=0.1),
 }
 OUTCOMES = PLANS | CURVES | SURGERY | DROPPING
 

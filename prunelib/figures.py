@@ -28,9 +28,9 @@ COLOURS |= {"dropout": "#AA4499"}
 NAMES = {"magnitude": "magnitude", "obd": "OBD", "obs": "OBS", "random": "random"}
 LINES = {"all": "-", "layer": "--"}  # one ranking over all layers, or one for each array
 STYLE = {"figure.figsize": (7.5, 4.5), "figure.dpi": 110, "figure.constrained_layout.use": True}
-STYLE |= {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left"}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-STYLE |= {"grid.alpha": 0.25, "lines.linewidth": 2, "legend.frameon": False}
+STYLE |= {"font.size": 11, "axes.titlesize": 12, "axes.axisbelow": True, "axes.grid": True}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"grid.alpha": 0.25, "lines.linewidth": 2}
 
 
 def new(rows: int = 1, columns: int = 1, size: tuple[float, float] | None = None, **options):

@@ -7,17 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prunelib import checks, data, models, pruning, retraining, store, surgeon, taylor
-from prunelib.retraining import CRITERIA, each, keep_pruned, prune_and_retrain
+from prunelib.retraining import CRITERIA, UNIT_CRITERIA, each, keep_pruned, prune_and_retrain
 from prunelib.training import Recipe, Runs, train, trainer
 
 VERSION = 1  # of the algorithms; raise it by hand when what they compute changes
@@ -26,17 +26,6 @@ PLAIN = Recipe(steps=20_000)
 PLAIN_2016 = Recipe(50_000, learning_rate=1e-4, decay=False, std=0.02, summed=True, held_out=5000)
 DROPOUT_2016 = replace(PLAIN_2016, learning_rate=1e-5, keep=0.8)
 SGD = Recipe(steps=20_000, optimizer="sgd", learning_rate=0.05, momentum=0.9)
-
-
-def standardised(examples: data.Examples) -> data.Examples:
-    """Pixels with mean 0 and standard deviation 1 over MNIST, as is usual: black is -0.42."""
-    return examples._replace(images=(data.scaled(examples.images) - 0.1307) / 0.3081)
-
-
-def blanked(examples: data.Examples) -> data.Examples:
-    """MNIST without the 291 pixels that have ink in less than 1 % of the training images."""
-    seldom = (data.load_mnist().train.images > 0).mean(0) < 0.01
-    return examples._replace(images=np.where(seldom, 0, examples.images).astype(np.uint8))
 
 
 class Run(NamedTuple):
@@ -81,9 +70,9 @@ CONTROLS = {
     "lenet5_sgd": Run(models.lenet5, replace(SGD, steps=3_750, learning_rate=0.02), 3),
     **{f"adam_eps{k}": Run(models.mlp, replace(PLAIN, eps=10.0**-k)) for k in (6, 5, 4, 3, 2)},
     # The same on other pixels.
-    "blanked": Run(models.mlp, PLAIN, prepared=blanked),
-    "standardised": Run(models.mlp, PLAIN, prepared=standardised),
-    "standardised_sgd": Run(models.mlp, SGD, prepared=standardised),
+    "blanked": Run(models.mlp, PLAIN, prepared=data.blanked),
+    "standardised": Run(models.mlp, PLAIN, prepared=data.standardised),
+    "standardised_sgd": Run(models.mlp, SGD, prepared=data.standardised),
 }
 for _name in ("plain", "sgd", "sgd_decay", "adamw"):
     CONTROLS[f"fashion_{_name}"] = RUNS[_name]._replace(dataset="fashion_mnist")
@@ -116,8 +105,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Surgery:
-    """One cut of the weights, biases kept, without and with `surgeon.layerwise`'s update; then one
-    retraining, if any. Scored by the first `scored_on` images.
+    """One cut, without and with an update of the others; then one retraining, if any.
+
+    Of weights, biases kept; or of `units`, percent of all hidden layers together. Scores and
+    updates see the first `scored_on` images.
     """
 
     start: str
@@ -125,19 +116,7 @@ class Surgery:
     remaining: tuple[float, ...] = (20, 10, 5, 2)
     criteria: tuple[str, ...] = ("magnitude", "obd", "obs")
     scored_on: int = 5000
-
-
-@dataclass(frozen=True)
-class Dropping:
-    """The same of whole units, percent of all hidden layers together. Retraining is the run's own
-    recipe, for `steps`, its learning rate times `rate`.
-    """
-
-    start: str
-    steps: int = 300
-    remaining: tuple[float, ...] = (70, 50, 30, 20, 10)
-    scored_on: int = 5000
-    rate: float = 1.0
+    units: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +134,7 @@ class Curves:
 
 ROUNDS = (40, 20, 12, 8, 5, 2, 1, 0.5)
 SUBSET = 3000
+CRITERIA_3 = ("obs", "obd", "magnitude")
 _ROUND = Recipe(steps=600, learning_rate=5e-3)
 
 def _plans() -> dict[str, Plan]:
@@ -172,38 +152,23 @@ def _plans() -> dict[str, Plan]:
         found[f"lenet300-{c}"] = Plan("lenet300", c, replace(_ROUND, batch=128), fine)
         modest, levels = replace(_ROUND, steps=1000, learning_rate=1e-3), (25, 12, 8, 4, 2, 1)
         found[f"lenet5-{c}"] = Plan("lenet5", c, modest, levels, scored_on=SUBSET)
-    return found | _many_rounds("lenet300") | _many_rounds("lenet5")
+    return found
 
-def _many_rounds(name: str) -> dict[str, Plan]:
-    """Of a LeNet by some criteria; and magnitude by several learning rates and weight decays,
-    judged on held-out examples of the training set: that is how these two were chosen.
+def _many_rounds(
+    name, by, start, recipe, choices, few=(10, 4, 2, 1), scored_on=None
+) -> dict[str, Plan]:
+    """By CRITERIA_3, with the first choice of learning rate and weight decay; and how that was
+    chosen: magnitude by all of them, judged on held-out examples of the training set.
     """
-    small, start = name == "lenet300", f"{name}_decay"
-    recipe = replace(SGD, steps=4000, batch=128) if small else replace(SGD, steps=2000)
-    held, few = replace(recipe, held_out=5000), (10, 4, 2, 1) if small else (10, 3, 1, 0.5)
-    found, best = {}, CHOICES[name][0]
-    for rate, decay in CHOICES[name]:
-        choice = replace(held, learning_rate=rate, weight_decay=decay)
-        plan = Plan(f"{start}_held", "magnitude", choice, few)
-        found[f"{name}-sgd-rate{rate:g}-decay{decay:g}"] = plan
-    recipe = replace(recipe, learning_rate=best[0], weight_decay=best[1])
-    for c in ("obs", "obd", "magnitude", "random")[: 4 if small else 3]:
-        some = None if small else SUBSET
-        found[f"{name}-sgd-{c}"] = Plan(start, c, recipe, LEVELS[name], scored_on=some)
-    if small:
-        return found | _by_adam()
-    longer = replace(recipe, steps=2 * recipe.steps)
-    return found | {f"{name}-sgd-obd-longer": Plan(start, "obd", longer, LEVELS[name], scored_on=SUBSET)}
-
-
-def _by_adam() -> dict[str, Plan]:
-    """LeNet-300-100 trained and retrained by Adam, by the same steps; its rate is chosen alike."""
-    recipe, levels, found = Recipe(steps=4000, batch=128), LEVELS["lenet300"], {}
-    for rate in ADAM_RATES:
-        held = replace(recipe, learning_rate=rate, held_out=5000)
-        found[f"lenet300-adam-rate{rate:g}"] = Plan("lenet300_held", "magnitude", held, (10, 4, 2, 1))
-    best = replace(recipe, learning_rate=ADAM_RATES[0])
-    return found | {f"lenet300-adam-{c}": Plan("lenet300", c, best, levels) for c in CRITERIA_3}
+    found = {}
+    for rate, decay in reversed(choices):
+        chosen = replace(recipe, learning_rate=rate, weight_decay=decay)
+        choice = f"{name}-{by}-rate{rate:g}" + (f"-decay{decay:g}" if decay else "")
+        held = replace(chosen, held_out=5000)
+        found[choice] = Plan(f"{start}_held", "magnitude", held, few)
+    for c in CRITERIA_3:
+        found[f"{name}-{by}-{c}"] = Plan(start, c, chosen, LEVELS[name], scored_on=scored_on)
+    return found
 
 
 LEVELS = {
@@ -215,8 +180,16 @@ CHOICES = {  # learning rate and weight decay; the first was best on held-out ex
     "lenet5": ((0.05, 5e-4), (0.05, 1e-4), (0.02, 5e-4), (0.02, 1e-4)),
 }
 ADAM_RATES = (1e-3, 2e-3, 5e-4)
-CRITERIA_3 = ("obs", "obd", "magnitude")
 PLANS = _plans()
+_start, _recipe = "lenet300_decay", replace(SGD, steps=4000, batch=128)
+PLANS |= _many_rounds("lenet300", "sgd", _start, _recipe, CHOICES["lenet300"])
+PLANS["lenet300-sgd-random"] = replace(PLANS["lenet300-sgd-obd"], criterion="random")
+_start, _recipe = "lenet300", Recipe(steps=4000, batch=128)
+PLANS |= _many_rounds("lenet300", "adam", _start, _recipe, [(rate, 0.0) for rate in ADAM_RATES])
+_start, _recipe = "lenet5_decay", replace(SGD, steps=2000)
+PLANS |= _many_rounds("lenet5", "sgd", _start, _recipe, CHOICES["lenet5"], (10, 3, 1, 0.5), SUBSET)
+_recipe = replace(PLANS["lenet5-sgd-obd"].retraining, steps=4000)
+PLANS["lenet5-sgd-obd-longer"] = replace(PLANS["lenet5-sgd-obd"], retraining=_recipe)
 PICTURED = ("lenet300-sgd-obs", "lenet5-sgd-obs")  # their last networks are kept too
 SURGERY = {"plain-surgery": Surgery("plain", replace(_ROUND, steps=3000))}
 SURGERY["sgd-surgery"] = Surgery("sgd")
@@ -231,11 +204,19 @@ for _name in (k for k in RUNS | CONTROLS if k.removeprefix("fashion_") in _COMPA
 CURVES["lenet5-without-retraining"] = Curves(
     "lenet5", (80, 60, 50, 40, 30, 20, 15, 10, 5), ("magnitude", "obd", "subset"), pruning.SCOPES
 )
+
+def _dropping(start, rate=1.0, steps=300, remaining=(70, 50, 30, 20, 10), scored_on=5000):
+    """Retrained by the run's own recipe, its learning rate times `rate`."""
+    recipe = (RUNS | CONTROLS)[start].recipe
+    recipe = replace(recipe, steps=steps, learning_rate=rate * recipe.learning_rate)
+    return Surgery(start, recipe, remaining, tuple(UNIT_CRITERIA), scored_on, units=True)
+
+
 DROPPING = {
-    "lenet300-units": Dropping("lenet300"),
-    "lenet300_sgd-units": Dropping("lenet300_sgd", rate=0.1),
-    "lenet5-units": Dropping("lenet5", 150, (50, 20), 1000),
-    "lenet5_sgd-units": Dropping("lenet5_sgd", 150, (50, 20), 1000, rate=0.1),
+    "lenet300-units": _dropping("lenet300"),
+    "lenet300_sgd-units": _dropping("lenet300_sgd", 0.1),
+    "lenet5-units": _dropping("lenet5", 1.0, 150, (50, 20), 1000),
+    "lenet5_sgd-units": _dropping("lenet5_sgd", 0.1, 150, (50, 20), 1000),
 }
 OUTCOMES = PLANS | CURVES | SURGERY | DROPPING
 
@@ -340,28 +321,26 @@ def _counts(kept, axes: int) -> pd.DataFrame:
     arrays = {"/".join(checks.names_of(path)): a for path, a in jax.tree.leaves_with_path(kept)}
     return pd.DataFrame({k: a.sum(tuple(range(axes, a.ndim))).ravel() for k, a in arrays.items()})
 
-def _once(plan: Surgery | Dropping) -> pd.DataFrame:
+def _once(plan: Surgery) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
     network, (train, test) = run.network(), run.load()
     some, keys = train.first(plan.scored_on), jnp.stack([jax.random.key(s) for s in runs.seeds])
-    if isinstance(plan, Dropping):
-        criteria, cut = retraining.UNIT_CRITERIA, retraining.cut_units
-        rate = plan.rate * runs.recipe.learning_rate
-        recipe = replace(runs.recipe, steps=plan.steps, learning_rate=rate)
-    else:
-        criteria, cut = {c: CRITERIA[c] for c in plan.criteria}, retraining.cut_weights
-        recipe = plan.retraining
-    retrain = recipe and trainer(network, recipe, runs.params, train, keep_pruned)
+    criteria, cut = CRITERIA, retraining.cut_weights
+    if plan.units:
+        criteria, cut = UNIT_CRITERIA, retraining.cut_units
+    if plan.retraining:
+        retrain = trainer(network, plan.retraining, runs.params, train, keep_pruned)
     tables = []
-    for criterion, score in criteria.items():
-        scores = each(lambda w, key, s=score: s(network, w, some, key), runs.params, keys)
+    for criterion in plan.criteria:
+        score = partial(criteria[criterion], network)
+        scores = each(lambda w, key, s=score: s(w, some, key), runs.params, keys)
         for level, update in product(plan.remaining, (0, 1)):
             params, kept, left = each(
                 lambda w, s, p=100 - level, u=update: cut(network, w, s, p, some, u),
                 runs.params, scores,
             )  # fmt: skip
             found = before = each(lambda w: pruning.evaluate(network, w, test), params)
-            if retrain:
+            if plan.retraining:
                 params = retrain(params, keys, kept)[0]
                 found = each(lambda w: pruning.evaluate(network, w, test), params)
             named = {"criterion": criterion, "update": update, "remaining": level}

@@ -82,9 +82,8 @@ _DECAY = replace(SGD, weight_decay=5e-4)
 STARTS = {
     "lenet300_decay": Run(models.lenet300, replace(_DECAY, steps=10_000, batch=128), 3),
     "lenet5_decay": Run(models.lenet5, replace(_DECAY, steps=3_750, learning_rate=0.02), 3),
-    "lenet300": RUNS["lenet300"],
 }
-for _name, _known in list(STARTS.items()):
+for _name, _known in [("lenet300", RUNS["lenet300"]), *STARTS.items()]:
     STARTS[f"{_name}_held"] = _known._replace(recipe=replace(_known.recipe, held_out=5000))
 
 @dataclass(frozen=True)

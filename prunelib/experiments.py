@@ -331,20 +331,19 @@ def _once(plan: Surgery) -> pd.DataFrame:
         retrain = trainer(network, plan.retraining, runs.params, train, keep_pruned)
     tables = []
     for criterion in plan.criteria:
-        score = partial(criteria[criterion], network)
-        scores = each(lambda w, key, s=score: s(w, some, key), runs.params, keys)
+        score = criteria[criterion]
+        scores = each(lambda w, key, score=score: score(network, w, some, key), runs.params, keys)
         for level, update in product(plan.remaining, (0, 1)):
-            params, kept, left = each(
-                lambda w, s, p=100 - level, u=update: cut(network, w, s, p, some, u),
-                runs.params, scores,
-            )  # fmt: skip
+            of_one = partial(cut, network, percent=100 - level, examples=some, move=update)
+            params, kept, left = each(of_one, runs.params, scores)
             found = before = each(lambda w: pruning.evaluate(network, w, test), params)
             if plan.retraining:
                 params = retrain(params, keys, kept)[0]
                 found = each(lambda w: pruning.evaluate(network, w, test), params)
             named = {"criterion": criterion, "update": update, "remaining": level}
-            rows = pd.DataFrame({"seed": runs.seeds, "before": before.accuracy, **found._asdict()})
-            tables.append(pd.concat([rows.assign(**named), _counts(left, axes=1)], axis=1))
+            measured = {"seed": runs.seeds, "before": before.accuracy, **found._asdict()}
+            rows = [pd.DataFrame(named | measured), _counts(left, axes=1)]
+            tables.append(pd.concat(rows, axis=1))
     return pd.concat(tables, ignore_index=True).assign(recipe=plan.start, scope="all")
 
 def _curves(plan: Curves) -> pd.DataFrame:

@@ -54,30 +54,22 @@ def recomputed(network, params: Any, examples: Examples, step: int = 5) -> Any:
     return scores
 
 
-CRITERIA = {
-    "magnitude": lambda network, params, examples, key: pruning.magnitude(params),
-    "obd": lambda network, params, examples, key: pruning.obd_saliency(
-        params, hessian_diagonal(network, params, examples)
+CRITERIA = {  # (network, params, examples, key) -> scores
+    "magnitude": lambda network, w, x, key: pruning.magnitude(w),
+    "obd": lambda network, w, x, key: pruning.obd_saliency(w, hessian_diagonal(network, w, x)),
+    "root": lambda network, w, x, key: jax.tree.map(
+        lambda w, h: w**2 * jnp.sqrt(h), w, hessian_diagonal(network, w, x)
     ),
-    "root": lambda network, params, examples, key: jax.tree.map(
-        lambda w, h: w**2 * jnp.sqrt(h), params, hessian_diagonal(network, params, examples)
-    ),
-    "obs": lambda network, params, examples, key: surgeon.scores(network, params, examples),
-    "recomputed": lambda network, params, examples, key: recomputed(network, params, examples),
-    "random": lambda network, params, examples, key: pruning.random_scores(key, params),
+    "obs": lambda network, w, x, key: surgeon.scores(network, w, x),
+    "recomputed": lambda network, w, x, key: recomputed(network, w, x),
+    "random": lambda network, w, x, key: pruning.random_scores(key, w),
 }
-
-
-UNIT_CRITERIA = {  # the same for units: each score is one a unit
-    "random": lambda network, params, examples, key: pruning.random_scores(
-        key, units.summed(network, params)
-    ),
-    "magnitude": lambda network, params, examples, key: units.summed(
-        network, jax.tree.map(jnp.square, params)
-    ),
-    "obd": lambda network, *inputs: units.summed(network, CRITERIA["obd"](network, *inputs)),
-    "gate": lambda network, params, examples, key: units.gate(network, params, examples),
-    "obs": lambda network, params, examples, key: units.obs(network, params, examples),
+UNIT_CRITERIA = {  # the same, one score a unit
+    "random": lambda network, w, x, key: pruning.random_scores(key, units.summed(network, w)),
+    "magnitude": lambda network, w, x, key: units.summed(network, jax.tree.map(jnp.square, w)),
+    "obd": lambda network, w, x, key: units.summed(network, CRITERIA["obd"](network, w, x, key)),
+    "gate": lambda network, w, x, key: units.gate(network, w, x),
+    "obs": lambda network, w, x, key: units.obs(network, w, x),
 }
 
 
@@ -134,8 +126,9 @@ def prune_and_retrain(
     Errors are those of `training.trainer` and `pruning.ranks`; ValueError for falling `percents`.
     """
     seeds, percents = checks.seeds(seeds), list(percents)
-    score = criterion if callable(criterion) else CRITERIA.get(criterion)
-    checks.one_of("criterion", criterion if score is None else "obd", CRITERIA)
+    if not callable(criterion):
+        checks.one_of("criterion", criterion, CRITERIA)
+    score = criterion if callable(criterion) else CRITERIA[criterion]
     checks.one_of("scope", scope, pruning.SCOPES)
     rising = percents and percents == sorted(percents)
     require(rising, f"percents: expected some, none lower than the last, got {percents}")
@@ -168,8 +161,8 @@ def prune_and_retrain(
         params, _, _ = retrain(params, fresh, kept)
         after = each(lambda w: pruning.evaluate(network, w, test), params)
         level = {"round": number + 1, "percent": percent, "remaining": 100 - percent}
-        columns = {"seed": seeds, "before": before.accuracy, **after._asdict()}
-        rows.append(pd.DataFrame(columns).assign(**level))
+        measured = {"seed": seeds, "before": before.accuracy, **after._asdict()}
+        rows.append(pd.DataFrame(measured | level))
         masks.append(kept)
     masks = jax.tree.map(lambda *each: np.stack(each), *masks)
     return Retrained(pd.concat(rows, ignore_index=True), masks, params)

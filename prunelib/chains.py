@@ -47,7 +47,7 @@ def moments(logits, params, dense, examples, name):
     """Of a layer's inputs a under `params` and its dense outputs z: Cov(a), Cov(a, z), E a, E z.
 
     `logits` is the network as `passes.forward` gives it. A convolution has a row of inputs, and one
-    of outputs, for each place. Without a bias to take up the means, they count as zero.
+    of outputs, for each place. Without a bias to take up the means, they are taken as zero.
     """
     layer = next(layer for layer in logits.origin.layers if layer.name == name)
 
@@ -56,9 +56,9 @@ def moments(logits, params, dense, examples, name):
         z = shifted(logits.origin, dense, images, {})[1][1][name]
         return a.reshape(-1, a.shape[-1]), z.reshape(-1, z.shape[-1])
 
-    near = [x.mean(0, keepdims=True) for x in rows(examples.images[:100])]  # for small variances
-    if "bias" not in dense[name]:
-        near = jax.tree.map(jnp.zeros_like, near)
+    # Products are about a mean nearby: in float32 a small variance would vanish beside it.
+    centre = float("bias" in dense[name])
+    near = [centre * x.mean(0, keepdims=True) for x in rows(examples.images[:100])]
 
     def batch(images, labels, weights):
         a, z = (x - mean for x, mean in zip(rows(images), near, strict=True))
@@ -67,8 +67,7 @@ def moments(logits, params, dense, examples, name):
         return of_a @ a, of_a @ z, w @ a, w @ z
 
     aa, az, a, z = mean_over_batches(batch, examples, batch_of(None, logits, 4))
-    if "bias" not in dense[name]:
-        return aa, az, 0 * a, 0 * z
+    a, z = centre * a, centre * z
     return aa - jnp.outer(a, a), az - jnp.outer(a, z), a + near[0][0], z + near[1][0]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from prunelib import checks, store
 from prunelib.checks import require
@@ -46,13 +47,13 @@ def mean(
         checks.examples(chunk)
         seen, digest = seen + count(chunk), _digest(collected(chunk)[:2], digest) if file else 0
         if kept is None or number == 1:
-            value = measure(chunk)
-            (flat, dtype), shapes = _flat(value), jax.tree.map(np.shape, value)
+            value = jax.tree.map(_as_floats, measure(chunk))
+            (flat, unravel), shapes = ravel_pytree(value), jax.tree.map(np.shape, value)
             if number == 1:
                 first, alike = flat, shapes
             require(shapes == alike, "measure: expected values shaped alike for all chunks, got "
                     f"{shapes} after {alike}; return means over the examples")  # fmt: skip
-            total = total + count(chunk) * flat
+            total = total + count(chunk) * np.asarray(flat, np.float64)
         same = kept and kept[1].get("about") == about and _alike(flat, kept[0]["first"])
         if kept and number == 1 and not same:
             store.warn(f"{file} is of another measure or other examples; the pass starts over")
@@ -67,16 +68,10 @@ def mean(
     require(number, "chunks: there are none; make a new iterator, each serves only once")
     if file and file.exists():
         file.unlink()
-    leaves, structure = jax.tree.flatten(value)
-    parts = np.split(total / seen, np.cumsum([np.size(leaf) for leaf in leaves])[:-1])
-    parts = [jnp.asarray(p.reshape(np.shape(x)), dtype) for p, x in zip(parts, leaves, strict=True)]
-    return checks.finite("the mean", structure.unflatten(parts))
+    return checks.finite("the mean", unravel(jnp.asarray(total / seen, flat.dtype)))
 
-def _flat(value):
-    """All numbers of a measure in one float64 vector, and the type in which to return them."""
-    leaves = jax.tree.leaves(value)
-    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
-    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves]), dtype
+def _as_floats(x):
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 def _alike(one, two) -> bool:
     size = np.abs(one).max(initial=0)

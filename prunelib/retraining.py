@@ -89,8 +89,9 @@ def cut_units(network, params: Any, scores: dict, percent: float, examples: Exam
     """As `cut_weights`, of whole units, never all of a layer; the last is the mask of units."""
     chosen = pruning.mask(units.spared(scores), percent)
     kept = units.mask(network, params, chosen)
-    refit = units.refit(network, params, chosen, examples) if move else None
-    return refit or pruning.masked(params, kept), kept, chosen
+    if move:
+        return units.refit(network, params, chosen, examples), kept, chosen
+    return pruning.masked(params, kept), kept, chosen
 
 
 class Retrained(NamedTuple):

@@ -43,6 +43,8 @@ def mean(
     file = None if file is None else Path(file).expanduser()
     kept, total, seen, digest, number = _read(file), 0.0, 0, 0, 0
     about = _digest(jax.tree.leaves(about), 0)
+    other = (f"chunks: the sum kept in {file} is of other chunks (or of more); pass the same "
+             "stream from its start, or delete that file")  # fmt: skip
     for number, chunk in enumerate(chunks, 1):
         checks.examples(chunk)
         seen, digest = seen + count(chunk), _digest(collected(chunk)[:2], digest) if file else 0
@@ -59,12 +61,12 @@ def mean(
             store.warn(f"{file} is of another measure or other examples; the pass starts over")
             kept = None
         if kept and number == kept[1]["chunks"]:
-            require((seen, digest) == (kept[1]["seen"], kept[1]["digest"]), _other(file))
+            require((seen, digest) == (kept[1]["seen"], kept[1]["digest"]), other)
             total, kept = kept[0]["sum"], None
         elif kept is None and file and number % every == 0:
             record = {"chunks": number, "seen": seen, "digest": digest, "about": about}
             store.keep(file, {"sum": total, "first": first}, record)
-    require(kept is None, _other(file))  # the stream ended before the chunk up to which it is
+    require(kept is None, other)  # the stream ended before the chunk up to which it is
     require(number, "chunks: there are none; make a new iterator, each serves only once")
     if file and file.exists():
         file.unlink()
@@ -89,7 +91,3 @@ def _read(file: Path | None):
         return arrays and ({k: arrays[k] for k in ("sum", "first")}, record)
     except Exception as error:  # whatever is wrong with it, it can be computed again
         store.warn(f"{file} is damaged ({type(error).__name__}); the pass starts over")
-
-def _other(file: Path | None) -> str:
-    return (f"chunks: the sum kept in {file} is of other chunks (or of more); pass the same stream "
-            "from its start, or delete that file")  # fmt: skip

@@ -59,11 +59,6 @@ def params(tree: Any, name: str = "params", kinds: tuple = (jnp.floating,)) -> N
     finite(name, tree)
 
 
-def scores(tree: Any) -> None:
-    """Raise unless `tree` is a non-empty pytree of finite real arrays, fit to be ranked."""
-    params(tree, "scores", (jnp.floating, jnp.integer))
-
-
 def booleans(mask: Any, name: str = "kept") -> None:
     """Raise TypeError unless all leaves of a mask are arrays of booleans."""
     for leaf in jax.tree.leaves(mask):

@@ -7,18 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prunelib import checks, data, models, pruning, store, surgeon, taylor
-from prunelib.dropping import Dropping, drop_and_retrain
-from prunelib.retraining import CRITERIA, keep_pruned, prune_and_retrain
+from prunelib import checks, data, models, pruning, retraining, store, surgeon, taylor
+from prunelib.retraining import CRITERIA, UNIT_CRITERIA, each, keep_pruned, prune_and_retrain
 from prunelib.training import Recipe, Runs, train, trainer
 
 VERSION = 1  # of the algorithms; raise it by hand when what they compute changes
@@ -27,17 +26,6 @@ PLAIN = Recipe(steps=20_000)
 PLAIN_2016 = Recipe(50_000, learning_rate=1e-4, decay=False, std=0.02, summed=True, held_out=5000)
 DROPOUT_2016 = replace(PLAIN_2016, learning_rate=1e-5, keep=0.8)
 SGD = Recipe(steps=20_000, optimizer="sgd", learning_rate=0.05, momentum=0.9)
-
-
-def standardised(examples: data.Examples) -> data.Examples:
-    """Pixels with mean 0 and standard deviation 1 over MNIST, as is usual: black is -0.42."""
-    return examples._replace(images=(data.scaled(examples.images) - 0.1307) / 0.3081)
-
-
-def blanked(examples: data.Examples) -> data.Examples:
-    """MNIST without the 291 pixels that have ink in less than 1 % of the training images."""
-    seldom = (data.load_mnist().train.images > 0).mean(0) < 0.01
-    return examples._replace(images=np.where(seldom, 0, examples.images).astype(np.uint8))
 
 
 class Run(NamedTuple):
@@ -82,9 +70,9 @@ CONTROLS = {
     "lenet5_sgd": Run(models.lenet5, replace(SGD, steps=3_750, learning_rate=0.02), 3),
     **{f"adam_eps{k}": Run(models.mlp, replace(PLAIN, eps=10.0**-k)) for k in (6, 5, 4, 3, 2)},
     # The same on other pixels.
-    "blanked": Run(models.mlp, PLAIN, prepared=blanked),
-    "standardised": Run(models.mlp, PLAIN, prepared=standardised),
-    "standardised_sgd": Run(models.mlp, SGD, prepared=standardised),
+    "blanked": Run(models.mlp, PLAIN, prepared=data.blanked),
+    "standardised": Run(models.mlp, PLAIN, prepared=data.standardised),
+    "standardised_sgd": Run(models.mlp, SGD, prepared=data.standardised),
 }
 for _name in ("plain", "sgd", "sgd_decay", "adamw"):
     CONTROLS[f"fashion_{_name}"] = RUNS[_name]._replace(dataset="fashion_mnist")
@@ -94,9 +82,8 @@ _DECAY = replace(SGD, weight_decay=5e-4)
 STARTS = {
     "lenet300_decay": Run(models.lenet300, replace(_DECAY, steps=10_000, batch=128), 3),
     "lenet5_decay": Run(models.lenet5, replace(_DECAY, steps=3_750, learning_rate=0.02), 3),
-    "lenet300": RUNS["lenet300"],
 }
-for _name, _known in list(STARTS.items()):
+for _name, _known in [("lenet300", RUNS["lenet300"]), *STARTS.items()]:
     STARTS[f"{_name}_held"] = _known._replace(recipe=replace(_known.recipe, held_out=5000))
 
 @dataclass(frozen=True)
@@ -117,8 +104,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Surgery:
-    """One cut of the weights, biases kept, without and with `surgeon.layerwise`'s update; then one
-    retraining, if any. Scored by the first `scored_on` images.
+    """One cut, without and with an update of the others; then one retraining, if any.
+
+    Of weights, biases kept; or of `units`, percent of all hidden layers together. Scores and
+    updates see the first `scored_on` images.
     """
 
     start: str
@@ -126,9 +115,11 @@ class Surgery:
     remaining: tuple[float, ...] = (20, 10, 5, 2)
     criteria: tuple[str, ...] = ("magnitude", "obd", "obs")
     scored_on: int = 5000
+    units: bool = False
 
 
-class Curves(NamedTuple):
+@dataclass(frozen=True)
+class Curves:
     """Pruning without retraining; "subset" is OBD by the first SUBSET examples, "obs" is layer-wise
     OBS with its update, of the weights alone. With `terms`, those of `taylor.loss_change` too.
     """
@@ -142,6 +133,7 @@ class Curves(NamedTuple):
 
 ROUNDS = (40, 20, 12, 8, 5, 2, 1, 0.5)
 SUBSET = 3000
+CRITERIA_3 = ("obs", "obd", "magnitude")
 _ROUND = Recipe(steps=600, learning_rate=5e-3)
 
 def _plans() -> dict[str, Plan]:
@@ -159,35 +151,23 @@ def _plans() -> dict[str, Plan]:
         found[f"lenet300-{c}"] = Plan("lenet300", c, replace(_ROUND, batch=128), fine)
         modest, levels = replace(_ROUND, steps=1000, learning_rate=1e-3), (25, 12, 8, 4, 2, 1)
         found[f"lenet5-{c}"] = Plan("lenet5", c, modest, levels, scored_on=SUBSET)
-    return found | _many_rounds("lenet300") | _many_rounds("lenet5")
+    return found
 
-def _many_rounds(name: str) -> dict[str, Plan]:
-    """Of a LeNet by some criteria; and magnitude by several learning rates and weight decays,
-    judged on held-out examples of the training set: that is how these two were chosen.
+def _many_rounds(
+    name, by, start, recipe, choices, few=(10, 4, 2, 1), scored_on=None
+) -> dict[str, Plan]:
+    """By CRITERIA_3, with the first choice of learning rate and weight decay; and how that was
+    chosen: magnitude by all of them, judged on held-out examples of the training set.
     """
-    small, start = name == "lenet300", f"{name}_decay"
-    recipe = replace(SGD, steps=4000, batch=128) if small else replace(SGD, steps=2000)
-    held, few = replace(recipe, held_out=5000), (10, 4, 2, 1) if small else (10, 3, 1, 0.5)
-    found, best = {}, CHOICES[name][0]
-    for rate, decay in CHOICES[name]:
-        choice = replace(held, learning_rate=rate, weight_decay=decay)
-        plan = Plan(f"{start}_held", "magnitude", choice, few)
-        found[f"{name}-sgd-rate{rate:g}-decay{decay:g}"] = plan
-    recipe = replace(recipe, learning_rate=best[0], weight_decay=best[1])
-    for c in ("obs", "obd", "magnitude", "random")[: 4 if small else 3]:
-        some = None if small else SUBSET
-        found[f"{name}-sgd-{c}"] = Plan(start, c, recipe, LEVELS[name], scored_on=some)
-    return found | (_by_adam() if small else {})
-
-
-def _by_adam() -> dict[str, Plan]:
-    """LeNet-300-100 trained and retrained by Adam, by the same steps; its rate is chosen alike."""
-    recipe, levels, found = Recipe(steps=4000, batch=128), LEVELS["lenet300"], {}
-    for rate in ADAM_RATES:
-        held = replace(recipe, learning_rate=rate, held_out=5000)
-        found[f"lenet300-adam-rate{rate:g}"] = Plan("lenet300_held", "magnitude", held, (10, 4, 2, 1))
-    best = replace(recipe, learning_rate=ADAM_RATES[0])
-    return found | {f"lenet300-adam-{c}": Plan("lenet300", c, best, levels) for c in CRITERIA_3}
+    found = {}
+    for rate, decay in reversed(choices):
+        chosen = replace(recipe, learning_rate=rate, weight_decay=decay)
+        choice = f"{name}-{by}-rate{rate:g}" + (f"-decay{decay:g}" if decay else "")
+        held = replace(chosen, held_out=5000)
+        found[choice] = Plan(f"{start}_held", "magnitude", held, few)
+    for c in CRITERIA_3:
+        found[f"{name}-{by}-{c}"] = Plan(start, c, chosen, LEVELS[name], scored_on=scored_on)
+    return found
 
 
 LEVELS = {
@@ -199,8 +179,14 @@ CHOICES = {  # learning rate and weight decay; the first was best on held-out ex
     "lenet5": ((0.05, 5e-4), (0.05, 1e-4), (0.02, 5e-4), (0.02, 1e-4)),
 }
 ADAM_RATES = (1e-3, 2e-3, 5e-4)
-CRITERIA_3 = ("obs", "obd", "magnitude")
 PLANS = _plans()
+_start, _recipe = "lenet300_decay", replace(SGD, steps=4000, batch=128)
+PLANS |= _many_rounds("lenet300", "sgd", _start, _recipe, CHOICES["lenet300"])
+PLANS["lenet300-sgd-random"] = replace(PLANS["lenet300-sgd-obd"], criterion="random")
+_start, _recipe = "lenet300", Recipe(steps=4000, batch=128)
+PLANS |= _many_rounds("lenet300", "adam", _start, _recipe, [(rate, 0.0) for rate in ADAM_RATES])
+_start, _recipe = "lenet5_decay", replace(SGD, steps=2000)
+PLANS |= _many_rounds("lenet5", "sgd", _start, _recipe, CHOICES["lenet5"], (10, 3, 1, 0.5), SUBSET)
 PICTURED = ("lenet300-sgd-obs", "lenet5-sgd-obs")  # their last networks are kept too
 SURGERY = {"plain-surgery": Surgery("plain", replace(_ROUND, steps=3000))}
 SURGERY["sgd-surgery"] = Surgery("sgd")
@@ -215,21 +201,27 @@ for _name in (k for k in RUNS | CONTROLS if k.removeprefix("fashion_") in _COMPA
 CURVES["lenet5-without-retraining"] = Curves(
     "lenet5", (80, 60, 50, 40, 30, 20, 15, 10, 5), ("magnitude", "obd", "subset"), pruning.SCOPES
 )
+
+def _dropping(start, rate=1.0, steps=300, remaining=(70, 50, 30, 20, 10), scored_on=5000):
+    """Retrained by the run's own recipe, its learning rate times `rate`."""
+    recipe = (RUNS | CONTROLS)[start].recipe
+    recipe = replace(recipe, steps=steps, learning_rate=rate * recipe.learning_rate)
+    return Surgery(start, recipe, remaining, tuple(UNIT_CRITERIA), scored_on, units=True)
+
+
 DROPPING = {
-    "lenet300-units": Dropping("lenet300"),
-    "lenet300_sgd-units": Dropping("lenet300_sgd", rate=0.1),
-    "lenet5-units": Dropping("lenet5", 150, (50, 20), 1000),
-    "lenet5_sgd-units": Dropping("lenet5_sgd", 150, (50, 20), 1000, rate=0.1),
+    "lenet300-units": _dropping("lenet300"),
+    "lenet300_sgd-units": _dropping("lenet300_sgd", 0.1),
+    "lenet5-units": _dropping("lenet5", 1.0, 150, (50, 20), 1000),
+    "lenet5_sgd-units": _dropping("lenet5_sgd", 0.1, 150, (50, 20), 1000),
 }
 OUTCOMES = PLANS | CURVES | SURGERY | DROPPING
 
 
 def trained(name: str) -> Runs:
     """The networks of a run, a key of RUNS or CONTROLS: fetched, or trained if not there."""
-    run = _run(name)
-    arrays = store.kept(name, _settings(name), lambda: _train(name))
-    history = pd.DataFrame({k.split("/")[1]: v for k, v in arrays.items() if k[:8] == "history/"})
-    params = unflatten_dict({k: jnp.asarray(v) for k, v in arrays.items()}, sep="/")["params"]
+    run, found = _run(name), unflatten_dict(_kept(name), sep="/")
+    params, history = jax.tree.map(jnp.asarray, found["params"]), pd.DataFrame(found["history"])
     return Runs(run.recipe, tuple(range(run.seeds)), params, history)
 
 
@@ -241,7 +233,7 @@ def outcome(name: str) -> pd.DataFrame:
     `accuracy` and `loss`; and how many entries of each array are left, by the array's path.
     """
     checks.one_of("name", name, OUTCOMES)
-    arrays = store.kept(name, _settings(name), lambda: _experiment(name))
+    arrays = _kept(name)
     return pd.DataFrame({k: v for k, v in arrays.items() if k[:7] not in ("params/", "rounds/")})
 
 
@@ -252,9 +244,11 @@ def smallest(name: str) -> tuple:
     more than r rounds is the mask of round r + 1.
     """
     checks.one_of("name", name, PICTURED)
-    arrays = store.kept(name, _settings(name), lambda: _experiment(name))
-    found = unflatten_dict(arrays, sep="/")
+    found = unflatten_dict(_kept(name), sep="/")
     return found["params"], found["rounds"]
+
+def _kept(name: str) -> store.Arrays:
+    return store.kept(name, _settings(name), lambda: _made(name))
 
 def _run(name: str) -> Run:
     known = RUNS | CONTROLS | STARTS
@@ -270,27 +264,26 @@ def _settings(name: str) -> dict:
     if run.prepared:
         settings["prepared"] = run.prepared.__name__
     if plan:
-        fields = plan._asdict() if name in CURVES else asdict(plan)
-        settings["plan"] = {k: v for k, v in fields.items() if (k, v) != ("terms", False)}
+        settings["plan"] = asdict(plan)
     return settings
 
-def _train(name: str) -> store.Arrays:
-    run = _run(name)
-    runs = train(run.network(), run.recipe, run.load().train, range(run.seeds))
-    history = {f"history/{column}": runs.history[column].to_numpy() for column in runs.history}
-    return flatten_dict({"params": jax.device_get(runs.params)}, sep="/") | history
-
-def _experiment(name: str) -> store.Arrays:
-    plan = OUTCOMES[name]
+def _made(name: str) -> store.Arrays:
+    """The arrays of a run, trained anew, or of an outcome."""
+    plan, networks = OUTCOMES.get(name), {}
     if name in PLANS:
         table, networks = _rounds(plan, name in PICTURED)
+    elif plan:
+        table = _curves(plan) if name in CURVES else _once(plan)
     else:
-        make = {Curves: _curves, Surgery: _surgery, Dropping: _dropping}[type(plan)]
-        table, networks = make(plan), {}
+        run = _run(name)
+        runs = train(run.network(), run.recipe, run.load().train, range(run.seeds))
+        networks = {"params": jax.device_get(runs.params)}
+        table = runs.history.add_prefix("history/")
     numeric = set(table.select_dtypes("number"))
-    return {c: table[c].to_numpy(None if c in numeric else str) for c in table} | networks
+    columns = {c: table[c].to_numpy(None if c in numeric else str) for c in table}
+    return columns | flatten_dict(networks, sep="/")
 
-def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, store.Arrays]:
+def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, dict]:
     run, runs = _run(plan.start), trained(plan.start)
     network, (train, test) = run.network(), run.load()
     if held := plan.retraining.held_out:
@@ -304,8 +297,7 @@ def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, store.Arrays]:
         )  # fmt: skip
         if pictured:
             rounds = jax.tree.map(lambda k: k.sum(0, dtype="int8"), found.kept)
-            last = {"params": jax.device_get(found.params), "rounds": rounds}
-            networks.update(flatten_dict(last, sep="/"))
+            networks.update(params=jax.device_get(found.params), rounds=rounds)
         left = _counts(found.kept, axes=2)  # rounds, then seeds: the order of the table's rows
         table = found.table.assign(remaining=found.table.remaining.round(9))
         return pd.concat([table, left], axis=1)
@@ -326,41 +318,31 @@ def _counts(kept, axes: int) -> pd.DataFrame:
     arrays = {"/".join(checks.names_of(path)): a for path, a in jax.tree.leaves_with_path(kept)}
     return pd.DataFrame({k: a.sum(tuple(range(axes, a.ndim))).ravel() for k, a in arrays.items()})
 
-def _surgery(plan: Surgery) -> pd.DataFrame:
+def _once(plan: Surgery) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
     network, (train, test) = run.network(), run.load()
-    some, keys = train.first(plan.scored_on), [jax.random.key(seed) for seed in runs.seeds]
-    dense = [runs.select(i) for i in range(len(keys))]
+    some, keys = train.first(plan.scored_on), jnp.stack([jax.random.key(s) for s in runs.seeds])
+    criteria, cut = CRITERIA, retraining.cut_weights
+    if plan.units:
+        criteria, cut = UNIT_CRITERIA, retraining.cut_units
     if plan.retraining:
         retrain = trainer(network, plan.retraining, runs.params, train, keep_pruned)
-    free, tables = pruning.weights_only(dense[0]), []
+    tables = []
     for criterion in plan.criteria:
-        score = CRITERIA[criterion]
-        ranked = [score(network, w, some, key) for w, key in zip(dense, keys, strict=True)]
+        score = criteria[criterion]
+        scores = each(lambda w, key, score=score: score(network, w, some, key), runs.params, keys)
         for level, update in product(plan.remaining, (0, 1)):
-            kept = [pruning.mask(scores, 100 - level, prunable=free) for scores in ranked]
-            pruned = [pruning.masked(*both) for both in zip(dense, kept, strict=True)]
-            if update:
-                pruned = [
-                    surgeon.layerwise(network, w, some, 100 - level, ranked=scores).params
-                    for w, scores in zip(dense, ranked, strict=True)
-                ]
-            found = [pruning.evaluate(network, w, test) for w in pruned]
-            before = [measure.accuracy for measure in found]
-            kept, params = (jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (kept, pruned))
+            of_one = partial(cut, network, percent=100 - level, examples=some, move=update)
+            params, kept, left = each(of_one, runs.params, scores)
+            found = before = each(lambda w: pruning.evaluate(network, w, test), params)
             if plan.retraining:
-                params = retrain(params, jnp.stack(keys), kept)[0]
-                last = [jax.tree.map(lambda w, i=i: w[i], params) for i in range(len(keys))]
-                found = [pruning.evaluate(network, w, test) for w in last]
+                params = retrain(params, keys, kept)[0]
+                found = each(lambda w: pruning.evaluate(network, w, test), params)
             named = {"criterion": criterion, "update": update, "remaining": level}
-            rows = pd.DataFrame(found).assign(seed=runs.seeds, before=before, **named)
-            tables.append(pd.concat([rows, _counts(kept, axes=1)], axis=1))
+            measured = {"seed": runs.seeds, "before": before.accuracy, **found._asdict()}
+            rows = [pd.DataFrame(named | measured), _counts(left, axes=1)]
+            tables.append(pd.concat(rows, axis=1))
     return pd.concat(tables, ignore_index=True).assign(recipe=plan.start, scope="all")
-
-def _dropping(plan: Dropping) -> pd.DataFrame:
-    run, runs = _run(plan.start), trained(plan.start)
-    found = drop_and_retrain(run.network(), runs, plan, *run.load())
-    return found.assign(recipe=plan.start)
 
 def _curves(plan: Curves) -> pd.DataFrame:
     run, runs = _run(plan.start), trained(plan.start)
@@ -369,18 +351,16 @@ def _curves(plan: Curves) -> pd.DataFrame:
 
     def curve(params, scores, scope, criterion):
         if criterion == "obs":
-            levels = [surgeon.layerwise(network, params, train, p, ranked=scores) for p in percents]
-            found = pd.DataFrame([pruning.evaluate(network, w, test) for w, _ in levels])
-            left = pd.concat([_counts(kept, axes=0) for _, kept in levels], ignore_index=True)
-            return pd.concat([found.assign(remaining=plan.remaining), left], axis=1)
-        found = pruning.accuracy_curve(network, params, scores, test, percents, scope)
-        masks = [pruning.mask(scores, p, scope) for p in percents]
-        left = pd.concat([_counts(kept, axes=0) for kept in masks], ignore_index=True)
+            cuts = [surgeon.layerwise(network, params, train, p, ranked=scores) for p in percents]
+        else:
+            masks = [pruning.mask(scores, p, scope) for p in percents]
+            cuts = [(pruning.masked(params, kept), kept) for kept in masks]
+        kept = jax.tree.map(lambda *each: jnp.stack(each), *(kept for _, kept in cuts))
+        found = pd.DataFrame([pruning.evaluate(network, w, test) for w, _ in cuts])
+        parts = [found.assign(remaining=plan.remaining), _counts(kept, axes=1)]
         if plan.terms:
-            together = jax.tree.map(lambda *kept: jnp.stack(kept), *masks)
-            change = taylor.loss_change(network, params, together, train)
-            left = pd.concat([left, pd.DataFrame(change._asdict())], axis=1)
-        return pd.concat([found.drop(columns="percent"), left], axis=1)
+            parts.append(pd.DataFrame(taylor.loss_change(network, params, kept, train)._asdict()))
+        return pd.concat(parts, axis=1)
 
     def curves(params):
         tables = []
@@ -403,8 +383,7 @@ def main(names: Sequence[str] = ()) -> None:
     for name in names or RUNS | OUTCOMES:
         checks.one_of("name", name, RUNS | OUTCOMES)
         start = time.perf_counter()
-        arrays = _train(name) if name in RUNS else _experiment(name)
-        store.write(store.SHIPPED / f"{name}.npz", arrays, _settings(name))
+        store.write(store.SHIPPED / f"{name}.npz", _made(name), _settings(name))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

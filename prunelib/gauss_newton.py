@@ -4,19 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from prunelib import checks
-from prunelib.data import scaled
+from prunelib.chains import is_chain, patches, shifted
 from prunelib.linearity import is_unit_by_unit, slope, varies
 from prunelib.passes import batch_of, cross_entropy, mean_over_batches
 
-
-def is_chain(network, kinds, params) -> bool:
-    """Whether a network is a chain of plain layers of these kinds, and functions."""
-    known = getattr(network, "is_chain", False) and isinstance(params, dict)
-    return known and all(layer.kind in kinds for layer in network.layers if layer.name)
 
 def _is_layered(logits, kinds, params) -> bool:
     """Whether, besides, each example gives a dense layer one vector, ``[n, in] -> [n, out]``."""
@@ -111,17 +105,6 @@ def _squares(logits, loss, draws, bent, batch_size, params, examples, key):
     return mean_over_batches(partial(_by_examples, logits, terms, params), examples, size)
 
 
-def shifted(network, params, images, shifts):
-    """The logits with ``shifts[name]`` added to each layer's output; all inputs and outputs."""
-    x, inputs, outputs = scaled(images), {}, {}
-    for layer in network.layers:
-        y = layer(params, x)
-        if layer.name:
-            inputs[layer.name], outputs[layer.name] = x, y
-            y = y + shifts.get(layer.name, 0)
-        x = y
-    return x, (inputs, outputs)
-
 def _links(network):
     """For each named layer, the function from its output to the next one's input."""
     links, name = {}, None
@@ -186,18 +169,6 @@ def _bent(network, params, z, gradients, top):
             units = kernels[m].T, r[m].T
             found, _ = jax.lax.scan(partial(from_unit, m), found, units)
     return dict(zip(names, found, strict=True))
-
-def patches(layer, params, a):
-    """What meets a layer's kernel, ``[n, places, inputs]``; a dense layer has one place."""
-    if layer.kind is nnx.Linear:
-        return a[:, None]
-    module = layer.module(params)
-    found = jax.lax.conv_general_dilated_patches(
-        a, module.kernel_size, np.broadcast_to(module.strides or 1, 2), module.padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
-    found = found.reshape(len(a), -1, a.shape[-1], np.prod(module.kernel_size))
-    return found.swapaxes(2, 3).reshape(*found.shape[:2], -1)  # kernels list the place first
 
 def _conv_squares(rows, signals, factor):
     """Patches ``[n, places, inputs]``, signals ``[n, h', w', c, out]`` -> sums over examples.

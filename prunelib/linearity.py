@@ -65,7 +65,6 @@ def varies(function: Callable, inputs: Sequence[Any], at: int = 0) -> bool:
 def slope(function: Callable) -> Callable:
     """The derivative of a function that works unit by unit, by its own rules."""
 
-
     def derivative(z):
         out, pull = jax.vjp(function, z)
         return pull(jnp.ones_like(out))[0]

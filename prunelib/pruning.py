@@ -78,25 +78,23 @@ def ranks(scores: Any, scope: str = "all", prunable: Any = None) -> Any:
     FloatingPointError for an unknown scope, a `prunable` of another structure, or scores that are
     not finite real numbers: NaN has no place in any order.
     """
-    return places(scores, scope, _checked(scores, scope, prunable))
+    return _places(scores, scope, _checked(scores, scope, prunable))
 
 def _checked(scores, scope, prunable) -> tuple[bool, ...]:
     """For each leaf whether it may be pruned, if all arguments make sense."""
     checks.one_of("scope", scope, SCOPES)
-    checks.scores(scores)
-    leaves, structure = jax.tree.flatten(scores)
-    free, found = jax.tree.flatten(scores if prunable is None else prunable)
-    free = [True] * len(leaves) if prunable is None else free
+    checks.params(scores, "scores", (jnp.floating, jnp.integer))
+    structure = jax.tree.structure(scores)
+    free, found = [True] * structure.num_leaves, structure
+    if prunable is not None:
+        free, found = jax.tree.flatten(prunable)
     good = found == structure and all(isinstance(f, bool | np.bool_) for f in free)
     require(good, f"prunable: expected a bool for each leaf of scores, got {prunable}")
     return tuple(map(bool, free))
 
-
 @partial(jax.jit, static_argnums=(1, 2))
-def places(scores: Any, scope: str, free: tuple[bool, ...] | None = None) -> Any:
-    """`ranks` without its checks; `free` has a bool for each leaf."""
+def _places(scores, scope, free):
     leaves, structure = jax.tree.flatten(scores)
-    free = free or (True,) * len(leaves)
     if scope == "layer":
         return structure.unflatten([_order(leaf.ravel()).reshape(leaf.shape) for leaf in leaves])
     chosen = [leaf.ravel() for leaf, f in zip(leaves, free, strict=True) if f]
@@ -112,14 +110,9 @@ def _order(scores: jax.Array) -> jax.Array:
     numbers = jnp.arange(scores.size, dtype=jnp.int32)
     return jnp.zeros_like(numbers).at[jnp.argsort(scores, stable=True)].set(numbers)
 
-
-def limits(scores: Any, percent: float, scope: str, free: tuple[bool, ...] | None = None) -> Any:
-    """For each leaf, the rank below which its entries go: ``floor(percent · n / 100)``, exactly.
-
-    n counts all leaves together (scope "all") or each by itself (scope "layer").
-    """
+def _limits(scores, percent, scope, free):
+    """For each leaf the rank below which its entries go, ``floor(percent · n / 100)``, exactly."""
     leaves, structure = jax.tree.flatten(scores)
-    free = free or (True,) * len(leaves)
     sizes = [leaf.size * f for leaf, f in zip(leaves, free, strict=True)]
     if scope == "all":
         sizes = [sum(sizes) * (size > 0) for size in sizes]
@@ -135,8 +128,8 @@ def mask(scores: Any, percent: float, scope: str = "all", prunable: Any = None) 
     Parameters and errors are those of `ranks`.
     """
     free = _checked(scores, scope, prunable)
-    below = limits(scores, percent, scope, free)
-    return jax.tree.map(jnp.greater_equal, places(scores, scope, free), below)
+    below = _limits(scores, percent, scope, free)
+    return jax.tree.map(jnp.greater_equal, _places(scores, scope, free), below)
 
 
 def apply_mask(params: Any, kept: Any) -> Any:
@@ -193,8 +186,8 @@ def accuracy_curve(
     logits = forward(network, params, examples)
     scores = checks.like("scores", scores, "params", params)
     free = _checked(scores, scope, prunable)
-    below = [limits(scores, percent, scope, free) for percent in levels]
-    order = places(scores, scope, free)
+    below = [_limits(scores, percent, scope, free) for percent in levels]
+    order = _places(scores, scope, free)
     examples = jax.tree.map(jnp.asarray, examples)  # on the device once, for all levels
     size = batch_of(batch_size, logits, 1)
     found = [_pruned(logits, size, params, order, limit, examples) for limit in below]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pandas as pd
 
-from prunelib import checks, pruning, surgeon
+from prunelib import checks, pruning, surgeon, units
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples, collected
@@ -54,18 +54,44 @@ def recomputed(network, params: Any, examples: Examples, step: int = 5) -> Any:
     return scores
 
 
-CRITERIA = {
-    "magnitude": lambda network, params, examples, key: pruning.magnitude(params),
-    "obd": lambda network, params, examples, key: pruning.obd_saliency(
-        params, hessian_diagonal(network, params, examples)
+CRITERIA = {  # (network, params, examples, key) -> scores
+    "magnitude": lambda network, w, x, key: pruning.magnitude(w),
+    "obd": lambda network, w, x, key: pruning.obd_saliency(w, hessian_diagonal(network, w, x)),
+    "root": lambda network, w, x, key: jax.tree.map(
+        lambda w, h: w**2 * jnp.sqrt(h), w, hessian_diagonal(network, w, x)
     ),
-    "root": lambda network, params, examples, key: jax.tree.map(
-        lambda w, h: w**2 * jnp.sqrt(h), params, hessian_diagonal(network, params, examples)
-    ),
-    "obs": lambda network, params, examples, key: surgeon.scores(network, params, examples),
-    "recomputed": lambda network, params, examples, key: recomputed(network, params, examples),
-    "random": lambda network, params, examples, key: pruning.random_scores(key, params),
+    "obs": lambda network, w, x, key: surgeon.scores(network, w, x),
+    "recomputed": lambda network, w, x, key: recomputed(network, w, x),
+    "random": lambda network, w, x, key: pruning.random_scores(key, w),
 }
+UNIT_CRITERIA = {  # the same, one score a unit
+    "random": lambda network, w, x, key: pruning.random_scores(key, units.summed(network, w)),
+    "magnitude": lambda network, w, x, key: units.summed(network, jax.tree.map(jnp.square, w)),
+    "obd": lambda network, w, x, key: units.summed(network, CRITERIA["obd"](network, w, x, key)),
+    "gate": lambda network, w, x, key: units.gate(network, w, x),
+    "obs": lambda network, w, x, key: units.obs(network, w, x),
+}
+
+
+def cut_weights(network, params: Any, scores: Any, percent: float, examples: Examples, move=False):
+    """Prune `percent` of the weights, biases kept; with `move` the others take over (`surgeon`).
+
+    Returns params, zero where pruned, their mask, and that mask again.
+    """
+    if move:
+        found = surgeon.layerwise(network, params, examples, percent, ranked=scores)
+        return *found, found.kept
+    kept = pruning.mask(scores, percent, prunable=pruning.weights_only(params))
+    return pruning.masked(params, kept), kept, kept
+
+
+def cut_units(network, params: Any, scores: dict, percent: float, examples: Examples, move=False):
+    """As `cut_weights`, of whole units, never all of a layer; the last is the mask of units."""
+    chosen = pruning.mask(units.spared(scores), percent)
+    kept = units.mask(network, params, chosen)
+    if move:
+        return units.refit(network, params, chosen, examples), kept, chosen
+    return pruning.masked(params, kept), kept, chosen
 
 
 class Retrained(NamedTuple):
@@ -101,8 +127,9 @@ def prune_and_retrain(
     Errors are those of `training.trainer` and `pruning.ranks`; ValueError for falling `percents`.
     """
     seeds, percents = checks.seeds(seeds), list(percents)
-    score = criterion if callable(criterion) else CRITERIA.get(criterion)
-    checks.one_of("criterion", criterion if score is None else "obd", CRITERIA)
+    if not callable(criterion):
+        checks.one_of("criterion", criterion, CRITERIA)
+    score = criterion if callable(criterion) else CRITERIA[criterion]
     checks.one_of("scope", scope, pruning.SCOPES)
     rising = percents and percents == sorted(percents)
     require(rising, f"percents: expected some, none lower than the last, got {percents}")
@@ -121,29 +148,28 @@ def prune_and_retrain(
     rows, masks, last = [], [], 0
 
     def prune(percent, params, kept, key):  # what is pruned already goes first, and so stays
-        scores = score(network, params, scored, key)
-        checks.scores(scores)
-        scores = jax.tree.map(lambda s, k: jnp.where(k, s, -jnp.inf), scores, kept)
-        below = pruning.limits(scores, percent, scope)
-        return jax.tree.map(jnp.greater_equal, pruning.places(scores, scope), below)
+        order = pruning.ranks(score(network, params, scored, key), scope)
+        order = jax.tree.map(lambda place, k: jnp.where(k, place, -1), order, kept)
+        return pruning.mask(order, percent, scope)
 
     for number, percent in enumerate(percents):
         if percent > last:
             fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number))(keys)
-            kept = _each(partial(prune, percent), params, kept, fresh)
+            kept = each(partial(prune, percent), params, kept, fresh)
             params, last = pruning.masked(params, kept), percent
-        before = _each(lambda w: pruning.evaluate(network, w, test), params)
+        before = each(lambda w: pruning.evaluate(network, w, test), params)
         fresh = jax.vmap(partial(jax.random.fold_in, data=2 * number + 1))(keys)
         params, _, _ = retrain(params, fresh, kept)
-        after = _each(lambda w: pruning.evaluate(network, w, test), params)
+        after = each(lambda w: pruning.evaluate(network, w, test), params)
         level = {"round": number + 1, "percent": percent, "remaining": 100 - percent}
-        columns = {"seed": seeds, "before": before.accuracy, **after._asdict()}
-        rows.append(pd.DataFrame(columns).assign(**level))
+        measured = {"seed": seeds, "before": before.accuracy, **after._asdict()}
+        rows.append(pd.DataFrame(measured | level))
         masks.append(kept)
     masks = jax.tree.map(lambda *each: np.stack(each), *masks)
     return Retrained(pd.concat(rows, ignore_index=True), masks, params)
 
-def _each(function, *trees):
+
+def each(function, *trees):
     """``function`` of one seed after the other, stacked: a pass over the data fills memory."""
     seeds = range(len(jax.tree.leaves(trees)[0]))
     found = [function(*jax.tree.map(lambda leaf, i=i: leaf[i], trees)) for i in seeds]

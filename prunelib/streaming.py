@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from prunelib import checks, store
 from prunelib.checks import require
@@ -35,48 +36,44 @@ def mean(
     summed is only read again, to see that it is the same. Where the file is damaged, or of another
     stream or measure (by the first chunk's value, and by `about`, a pytree of all arrays that the
     measure depends on), the pass starts over or ends, and says so. The file goes when the pass is
-    done. Raises ValueError if there are no chunks, others than before,
-    or values of another shape; FloatingPointError if the mean is not finite.
+    done. Raises ValueError if there are no chunks, others than before, or values of another shape;
+    FloatingPointError if the mean is not finite.
     """
     checks.whole("every", every)
     file = None if file is None else Path(file).expanduser()
     kept, total, seen, digest, number = _read(file), 0.0, 0, 0, 0
     about = _digest(jax.tree.leaves(about), 0)
+    other = (f"chunks: the sum kept in {file} is of other chunks (or of more); pass the same "
+             "stream from its start, or delete that file")  # fmt: skip
     for number, chunk in enumerate(chunks, 1):
         checks.examples(chunk)
         seen, digest = seen + count(chunk), _digest(collected(chunk)[:2], digest) if file else 0
         if kept is None or number == 1:
-            value = measure(chunk)
-            (flat, dtype), shapes = _flat(value), jax.tree.map(np.shape, value)
+            value = jax.tree.map(_as_floats, measure(chunk))
+            (flat, unravel), shapes = ravel_pytree(value), jax.tree.map(np.shape, value)
             if number == 1:
                 first, alike = flat, shapes
             require(shapes == alike, "measure: expected values shaped alike for all chunks, got "
                     f"{shapes} after {alike}; return means over the examples")  # fmt: skip
-            total = total + count(chunk) * flat
+            total = total + count(chunk) * np.asarray(flat, np.float64)
         same = kept and kept[1].get("about") == about and _alike(flat, kept[0]["first"])
         if kept and number == 1 and not same:
             store.warn(f"{file} is of another measure or other examples; the pass starts over")
             kept = None
         if kept and number == kept[1]["chunks"]:
-            require((seen, digest) == (kept[1]["seen"], kept[1]["digest"]), _other(file))
+            require((seen, digest) == (kept[1]["seen"], kept[1]["digest"]), other)
             total, kept = kept[0]["sum"], None
         elif kept is None and file and number % every == 0:
             record = {"chunks": number, "seen": seen, "digest": digest, "about": about}
             store.keep(file, {"sum": total, "first": first}, record)
-    require(kept is None, _other(file))  # the stream ended before the chunk up to which it is
+    require(kept is None, other)  # the stream ended before the chunk up to which it is
     require(number, "chunks: there are none; make a new iterator, each serves only once")
     if file and file.exists():
         file.unlink()
-    leaves, structure = jax.tree.flatten(value)
-    parts = np.split(total / seen, np.cumsum([np.size(leaf) for leaf in leaves])[:-1])
-    parts = [jnp.asarray(p.reshape(np.shape(x)), dtype) for p, x in zip(parts, leaves, strict=True)]
-    return checks.finite("the mean", structure.unflatten(parts))
+    return checks.finite("the mean", unravel(jnp.asarray(total / seen, flat.dtype)))
 
-def _flat(value):
-    """All numbers of a measure in one float64 vector, and the type in which to return them."""
-    leaves = jax.tree.leaves(value)
-    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
-    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in leaves]), dtype
+def _as_floats(x):
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 def _alike(one, two) -> bool:
     size = np.abs(one).max(initial=0)
@@ -94,7 +91,3 @@ def _read(file: Path | None):
         return arrays and ({k: arrays[k] for k in ("sum", "first")}, record)
     except Exception as error:  # whatever is wrong with it, it can be computed again
         store.warn(f"{file} is damaged ({type(error).__name__}); the pass starts over")
-
-def _other(file: Path | None) -> str:
-    return (f"chunks: the sum kept in {file} is of other chunks (or of more); pass the same stream "
-            "from its start, or delete that file")  # fmt: skip

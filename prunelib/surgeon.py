@@ -18,11 +18,11 @@ import numpy as np
 from flax import nnx
 
 from prunelib import checks, pruning
+from prunelib.chains import damped, fit, is_chain, moments, regress
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples
-from prunelib.gauss_newton import is_chain, patches, shifted
-from prunelib.passes import batch_of, forward, mean_over_batches
+from prunelib.passes import forward
 
 
 def step(w: jax.Array, inverse: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -40,13 +40,7 @@ def refit(w: jax.Array, hessian: jax.Array, kept: jax.Array) -> jax.Array:
     """The weights of lowest ``½ δᵀHδ`` that are zero where `kept` is False: a regression,
     ``δ_R = H_RR⁻¹ H_RS w_S``, whatever the order in which S goes. `w` and `kept` are ``[n]``.
     """
-    return _regress(hessian, hessian @ w, kept)
-
-def _regress(hessian, target, kept):
-    """The x of zeros where `kept` is False with ``(H x)_R = target_R``."""
-    both = kept[:, None] & kept[None, :]
-    matrix = jnp.where(both, hessian, jnp.eye(len(kept), dtype=hessian.dtype))
-    return jax.scipy.linalg.solve(matrix, jnp.where(kept, target, 0), assume_a="pos")
+    return regress(hessian, hessian @ w, kept)
 
 
 @jax.jit
@@ -80,12 +74,10 @@ def sparsegpt(weights: jax.Array, hessian: jax.Array, percent: float, block: int
     `percent` of ``w_i² / U_ii²`` go. Returns weights with zeros.
     """
     upper = jnp.linalg.cholesky(jnp.linalg.inv(hessian)).T
-    share = float(checks.percent(percent)) / 100
     for start in range(0, len(weights), block):
         rows = slice(start, start + block)
         score = weights[rows] ** 2 / jnp.diagonal(upper)[rows, None] ** 2
-        order = pruning.places({"": score}, "all", (True,))[""]
-        weights = sweep(weights, upper, order >= int(share * score.size), start)
+        weights = sweep(weights, upper, pruning.mask(score, percent), start)
     return weights
 
 
@@ -125,8 +117,8 @@ def layerwise(
     kept = pruning.mask(ranked, percent, scope, pruning.weights_only(params))
     found = pruning.masked(params, kept)
     for name, layer in params.items():
-        inputs = _moments(logits, found if refit else params, params, examples, name)
-        found = found | {name: _fit(layer, kept[name]["kernel"], inputs, damping)}
+        inputs = moments(logits, found if refit else params, params, examples, name)
+        found = found | {name: fit(layer, kept[name]["kernel"], inputs, damping)}
     return Pruned(checks.finite("the fitted weights", found), kept)
 
 
@@ -141,11 +133,11 @@ def scores(network, params: Any, examples: Examples, damping: float = 0.01) -> A
     curvature = hessian_diagonal(network, params, examples, "gauss_newton")
     found = {}
     for name, layer in params.items():
-        covariance, _, mean, _ = _moments(logits, params, params, examples, name)
+        covariance, _, mean, _ = moments(logits, params, params, examples, name)
         kernel = layer["kernel"].reshape(len(covariance), -1)
         size = max(32, 2 ** (int((kernel != 0).sum(0).max()) - 1).bit_length())  # few programs
         unit = curvature[name]["bias"]
-        prices = _prices(_damped(covariance, mean, damping), kernel, unit, min(size, len(kernel)))
+        prices = _prices(damped(covariance, mean, damping), kernel, unit, min(size, len(kernel)))
         found[name] = {"bias": unit * layer["bias"] ** 2 / 2}
         found[name]["kernel"] = prices.reshape(layer["kernel"].shape)
     return found
@@ -155,7 +147,7 @@ def wanda(network, params: Any, examples: Examples) -> Any:
     """Wanda's score ``|w_ij| · √E[a_i²]``, for ranking within a unit; zero for biases [4]_."""
     logits, found = _chain(network, params, examples), {}
     for name, layer in params.items():
-        covariance, _, mean, _ = _moments(logits, params, params, examples, name)
+        covariance, _, mean, _ = moments(logits, params, params, examples, name)
         size = jnp.sqrt(jnp.diagonal(covariance) + mean**2)[:, None]
         score = jnp.abs(layer["kernel"].reshape(len(size), -1)) * size
         found[name] = {"kernel": score.reshape(layer["kernel"].shape), "bias": 0 * layer["bias"]}
@@ -184,45 +176,6 @@ def _prices(hessian, kernel, curvature, size):
         return jnp.zeros_like(weights).at[chosen[order]].set(jax.lax.cummax(prices[order]) * worth)
 
     return jax.lax.map(one, (kernel.T, curvature), batch_size=max(1, 2**22 // size**2)).T
-
-def _damped(covariance, mean, damping):
-    """With `damping` on the diagonal, or what covers rounding where all inputs are constants."""
-    variance = jnp.diagonal(covariance)
-    least = 10 * jnp.finfo(mean.dtype).eps * (variance + mean**2).sum() + 1e-12
-    added = jnp.maximum(damping * variance.mean(), least)
-    return covariance + jnp.diag(jnp.full_like(mean, added))
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _moments(logits, params, dense, examples, name):
-    """Of a layer's inputs a under `params` and its dense outputs z: Cov(a), Cov(a, z), E a, E z."""
-    layer = next(layer for layer in logits.origin.layers if layer.name == name)
-
-    def rows(images):
-        a = patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
-        z = shifted(logits.origin, dense, images, {})[1][1][name]
-        return a.reshape(-1, a.shape[-1]), z.reshape(-1, z.shape[-1])
-
-    near = [x.mean(0, keepdims=True) for x in rows(examples.images[:100])]  # for small variances
-
-    def batch(images, labels, weights):
-        a, z = (x - mean for x, mean in zip(rows(images), near, strict=True))
-        w = jnp.repeat(weights, len(a) // len(images)) * (len(images) / len(a))
-        of_a = (w[:, None] * a).T
-        return of_a @ a, of_a @ z, w @ a, w @ z
-
-    aa, az, a, z = mean_over_batches(batch, examples, batch_of(None, logits, 4))
-    return aa - jnp.outer(a, a), az - jnp.outer(a, z), a + near[0][0], z + near[1][0]
-
-@jax.jit
-def _fit(layer, kept, moments, damping):
-    """Ridge regression of the dense outputs on the kept inputs, towards the old weights."""
-    covariance, cross, a, z = moments
-    matrix = _damped(covariance, a, damping)
-    kernel, kept = (x.reshape(len(a), -1) for x in (layer["kernel"], kept))
-    target = cross + (matrix - covariance) @ kernel
-    kernel = jax.lax.map(lambda u: _regress(matrix, *u), (target.T, kept.T), batch_size=16).T * kept
-    return {"kernel": kernel.reshape(layer["kernel"].shape), "bias": z - a @ kernel}
-
 
 def woodbury(diagonal: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The diagonal of ``(D + GᵀG)⁻¹``, D ``[p]``, G ``[m, p]``, in float64 and never as a matrix:

@@ -81,8 +81,11 @@ def _terms(logits, loss, batch_size, params, masks, diagonal, examples):
 
         def along(mask):
             delta = (deltas(mask),)
-            slope = partial(_push, losses, delta)  # w -> losses, and their slopes along δ
-            (before, first), (_, second) = jax.jvp(slope, (params,), delta)
+
+            def sloped(params):  # the losses, and their slopes along δ
+                return jax.jvp(losses, (params,), delta)
+
+            (before, first), (_, second) = jax.jvp(sloped, (params,), delta)
             after = losses(jax.tree.map(jnp.add, params, *delta))
             return weights @ first, weights @ (0.5 * second), weights @ (after - before)
 
@@ -94,6 +97,3 @@ def _terms(logits, loss, batch_size, params, masks, diagonal, examples):
 
     first, half, actual = mean_over_batches(batch, examples, batch_size)
     return first, jax.lax.map(own, masks), half, actual
-
-def _push(function, delta, params):
-    return jax.jvp(function, (params,), delta)

@@ -143,9 +143,10 @@ def trainer(
     place for, and what `passes.forward` refuses; the function, FloatingPointError if training
     diverged.
     """
-    one, mesh = jax.tree.map(lambda w: w[0], params), _mesh(examples)
+    one = jax.tree.map(lambda w: w[0], params)
     forward(network, one, examples)
-    examples = collected(examples) if mesh is None else examples
+    mesh = jax.typeof(examples.images).sharding.mesh  # an empty one, but after `data.place`
+    examples = examples if mesh.size > 1 else collected(examples)
     count = data.count(examples) - recipe.held_out  # what fills up a mesh stands last
     apply, dropout = checks.network(network), recipe.keep < 1
     require(count >= recipe.batch, f"examples: {count} do not fill a batch of {recipe.batch}")
@@ -164,7 +165,7 @@ def trainer(
             (params, moments), (places, number) = state, scanned
             options = {"keep": recipe.keep, "key": jax.random.fold_in(noise, number)}
             batch = images[places], labels[places]
-            if mesh is not None:
+            if mesh.size > 1:
                 sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
                 batch = jax.lax.with_sharding_constraint(batch, sharding)
 
@@ -183,7 +184,7 @@ def trainer(
         return params, metrics
 
     # A new function at each call: nothing that a reader's network reads can have gone stale.
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec()) if mesh.size > 1 else None
     together = jax.jit(jax.vmap(of_one, in_axes=(0, 0, 0, None, None)), out_shardings=everywhere)
 
     def go_on(params, keys, given=None):
@@ -192,12 +193,6 @@ def trainer(
         return params, np.asarray(loss), np.asarray(accuracy)
 
     return go_on
-
-def _mesh(examples):
-    """The mesh over several devices that `data.place` spread examples over, if it did."""
-    sharding = getattr(examples.images, "sharding", None)
-    several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return sharding.mesh if several else None
 
 def _check_dropout(apply, params, examples, recipe) -> None:
     """Raise ValueError unless the network's outputs depend on the key of dropout."""

@@ -19,12 +19,12 @@ import numpy as np
 from flax import nnx
 
 from prunelib import checks
+from prunelib.chains import damped, fit, is_chain, moments, shifted
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples, scaled
-from prunelib.gauss_newton import is_chain, patches, shifted
 from prunelib.models import Network, Params
-from prunelib.passes import batch_of, forward, mean_over_batches
+from prunelib.passes import forward
 
 
 def _links(network, params, units=None) -> list[tuple]:
@@ -134,7 +134,8 @@ def obs(network, params: Params, examples: Examples, damping: float = 0.01) -> d
 
     curvature = hessian_diagonal(of_shifts, zeros, examples, "gauss_newton")
     for name, following, own, _ in links:
-        hessian = _moments(logits, params, params, examples, following.name, damping)[0]
+        covariance, _, mean, _ = moments(logits, params, params, examples, following.name)
+        hessian = damped(covariance, mean, damping)
         target = np.sqrt(np.asarray(curvature[following.name], float)).ravel()
         kernel = np.asarray(kernels[following.name], float).reshape(-1, target.size)
         found[name] = jnp.asarray(_prices(kernel * target, hessian, own.size))
@@ -169,31 +170,8 @@ def refit(network, params: Params, units: dict, examples: Examples, damping=0.01
     kept, logits = mask(network, params, units), forward(network, params, examples)
     found = jax.tree.map(jnp.multiply, params, kept)
     for _, following, _, rows in _links(network, params, units):
-        name, dense = following.name, params[following.name]
-        moments = _moments(logits, found, params, examples, name, damping)
-        hessian, cross, x, z = (np.asarray(moment, float) for moment in moments)
-        stay, kernel = np.resize(rows, len(cross)), np.zeros(cross.shape)
-        kernel[stay] = np.linalg.solve(hessian[stay][:, stay], cross[stay])
-        new = {"kernel": kernel.reshape(dense["kernel"].shape), "bias": z - x @ kernel}
-        found[name] = {k: jnp.asarray(new[k] * kept[name][k], w.dtype) for k, w in dense.items()}
+        name = following.name
+        inputs = moments(logits, found, params, examples, name)
+        new = fit(params[name], np.resize(rows, len(inputs[0])), inputs, damping)
+        found[name] = jax.tree.map(jnp.multiply, new, kept[name])
     return checks.finite("the fitted weights", found)
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _moments(logits, params, dense, examples, name, damping):
-    """Of a layer's inputs x under `params` and its dense outputs z: Cov(x), Cov(x, z), E x, E z
-    (about zero without a bias), the first two with the damping's pull to the dense weights."""
-    (layer,) = (layer for layer in logits.origin.layers if layer.name == name)
-
-    def batch(images, labels, weights):
-        x = patches(layer, params, shifted(logits.origin, params, images, {})[1][0][name])
-        z = shifted(logits.origin, dense, images, {})[1][1][name].reshape(*x.shape[:2], -1)
-        w = weights[:, None, None] / x.shape[1]
-        products = (jnp.einsum("npi,npj->ij", w * x, y) for y in (x, z))
-        return *products, (w * x).sum((0, 1)), (w * z).sum((0, 1))
-
-    xx, xz, x, z = mean_over_batches(batch, examples, batch_of(None, logits, 6))
-    if "bias" in dense[name]:
-        xx, xz = xx - jnp.outer(x, x), xz - jnp.outer(x, z)
-    ridge = damping * jnp.diagonal(xx).mean()
-    old = dense[name]["kernel"].reshape(xz.shape)
-    return xx + ridge * jnp.eye(len(xx), dtype=xx.dtype), xz + ridge * old, x, z

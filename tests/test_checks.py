@@ -226,13 +226,13 @@ def test_refused_by_name_and_in_words(number):
 PASS = "network params examples logits labels finite "
 DOORS = {
     "evaluate": (evaluate, PASS + "concrete"),
-    "accuracy_curve": (curve, PASS + "concrete scores like one_of percent"),
+    "accuracy_curve": (curve, PASS + "concrete params like one_of percent"),
     "loss_change": (change, PASS + "concrete booleans like"),
     "train": (train, PASS + "seeds"),
     "trainer": (lambda: training.trainer(NETWORK, RECIPE, SEEDS, EXAMPLES)(SEEDS, KEYS), PASS),
-    "prune_and_retrain": (retrain, PASS + "seeds one_of percent scores booleans"),
-    "mask": (lambda: pruning.mask(DIAGONAL, 50), "one_of scores percent"),
-    "ranks": (lambda: pruning.ranks(DIAGONAL), "one_of scores"),
+    "prune_and_retrain": (retrain, PASS + "seeds one_of percent params booleans"),
+    "mask": (lambda: pruning.mask(DIAGONAL, 50), "one_of params percent"),
+    "ranks": (lambda: pruning.ranks(DIAGONAL), "one_of params"),
     "magnitude": (lambda: pruning.magnitude(PARAMS), "params"),
     "random_scores": (lambda: pruning.random_scores(jax.random.key(0), PARAMS), "params"),
     "obd_saliency": (lambda: pruning.obd_saliency(PARAMS, DIAGONAL), "params like finite"),

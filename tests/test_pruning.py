@@ -36,14 +36,14 @@ def test_mask_by_hand():
 
 def test_counts_as_in_2016():
     """floor(percent · n / 100) for the whole network and for each array: exact, no 28.999...."""
-    shapes = models.mlp().shapes
+    scores = jax.tree.map(lambda s: jnp.zeros(s.shape), models.mlp().shapes)
+    sizes = [leaf.size for leaf in jax.tree.leaves(scores)]
     for percent in range(101):
-        found = pruning.limits(shapes, percent, "all")
-        assert set(jax.tree.leaves(found)) == {percent * 47_410 // 100}
-        by_array = pruning.limits(shapes, percent, "layer")
-        expected = jax.tree.map(lambda leaf, p=percent: p * leaf.size // 100, shapes)
-        assert by_array == expected
-    scores = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
+        for scope, n in (("all", [sum(sizes)]), ("layer", sizes)):
+            kept = jax.tree.leaves(pruning.mask(scores, percent, scope))
+            gone = [int((~leaf).sum()) for leaf in kept]
+            gone = gone if scope == "layer" else [sum(gone)]
+            assert gone == [percent * size // 100 for size in n]
     kept = pruning.mask(scores, 29, prunable=pruning.weights_only(scores))
     assert sum(int((~leaf).sum()) for leaf in jax.tree.leaves(kept)) == 29 * 47_200 // 100
     for tenth in (0.1, np.float32(0.1), jnp.float32(0.1)):

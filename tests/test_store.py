@@ -187,6 +187,11 @@ def test_the_outcomes_are_shipped_and_as_sparse_as_asked(name, cache, monkeypatc
             assert counts == {a: n - int(percent * n / 100) for a, n in sizes.items()}
 
 
+def test_no_two_outcomes_have_one_name():
+    kinds = (experiments.PLANS, experiments.CURVES, experiments.SURGERY, experiments.DROPPING)
+    assert sum(map(len, kinds)) == len(experiments.OUTCOMES)
+
+
 @pytest.fixture
 def tiny(cache, monkeypatch):
     """The tables hold one run and one plan, on few examples; nothing is shipped."""
@@ -203,6 +208,9 @@ def tiny(cache, monkeypatch):
         plan = replace(experiments.PLANS[name], retraining=recipe, remaining=(20, 8))
         for table in (experiments.PLANS, experiments.OUTCOMES):
             monkeypatch.setitem(table, name, plan)
+    for name, table in (("plain-surgery", "SURGERY"), ("lenet300-units", "DROPPING")):
+        plan = replace(getattr(experiments, table)[name], start="plain", retraining=recipe)
+        monkeypatch.setitem(experiments.OUTCOMES, name, replace(plan, remaining=(50, 25)))
     monkeypatch.setattr(store, "SHIPPED", cache / "none")
     monkeypatch.setattr(data, "load", lambda name: data.Splits(few, few))
     return monkeypatch
@@ -243,3 +251,20 @@ def test_an_outcome_is_the_same_fresh_and_fetched(tiny, name):
     assert columns < set(one)
     left, total = one[[c for c in one if "/" in c]].sum(axis=1), 784 * 4 + 4 + 40 + 10
     assert left.tolist() == [total - level * total // 100 for level in (80, 80, 92, 92)]
+
+
+@pytest.mark.parametrize("name", ["plain-surgery", "lenet300-units"])
+def test_one_cut_without_and_with_an_update(tiny, name):
+    one, plan = experiments.outcome(name), experiments.OUTCOMES[name]
+    tiny.setattr(experiments, "trained", never)
+    assert one.equals(experiments.outcome(name))
+    rows = one[["criterion", "remaining", "update", "seed"]].to_numpy().tolist()
+    assert rows == [
+        [c, level, update, seed]
+        for c in plan.criteria for level in plan.remaining for update in (0, 1) for seed in (0, 1)
+    ]  # fmt: skip
+    before, after = (one.before[one["update"] == update].to_numpy() for update in (0, 1))
+    assert (before != after).any(), "the others have moved"
+    left = one[["dense1"] if plan.units else ["dense1/kernel", "dense2/kernel"]].sum(axis=1)
+    total = 4 if plan.units else 784 * 4 + 40
+    assert left.tolist() == [level * total // 100 for level in one.remaining]

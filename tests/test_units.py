@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from prunelib import curvature, models, pruning, units
+from prunelib import chains, curvature, models, pruning, units
 from prunelib.data import Examples
 from prunelib.passes import cross_entropy
 
@@ -217,7 +217,7 @@ def test_obs_takes_the_unit_that_the_others_replace_most_cheaply(name):
         bias = "bias" in params[after]
 
         def of_shift(shift, images, after=after):
-            return units.shifted(network, params, images, {after: shift})[0]
+            return chains.shifted(network, params, images, {after: shift})[0]
 
         shift = jnp.zeros((1,) * (params[after]["kernel"].ndim - 1) + z.shape[1:])
         currency = np.asarray(curvature.hessian_diagonal(of_shift, shift, data, "one_hot")).ravel()

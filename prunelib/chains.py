@@ -86,11 +86,17 @@ def regress(hessian, target, kept):
     return jax.scipy.linalg.solve(matrix, jnp.where(kept, target, 0), assume_a="pos")
 
 
-@jax.jit
-def fit(layer, kept, moments, damping):
+def room(kept) -> int:
+    """What no unit (column) of `kept` has more True than: a power of two, so few programs."""
+    return min(len(kept), max(32, 2 ** (int(kept.sum(0).max()) - 1).bit_length()))
+
+
+@partial(jax.jit, static_argnums=4)
+def fit(layer, kept, moments, damping, size=None):
     """A layer's ridge regression of its dense outputs on the kept inputs, towards the old weights.
 
-    `kept` is a mask of its kernel; or of its inputs, ``[inputs]``, which is one matrix for all.
+    `kept` is a mask of its kernel, of which no unit keeps more than `size` weights; or of its
+    inputs, ``[inputs]``, which is one matrix for all.
     """
     covariance, cross, a, z = moments
     matrix = damped(covariance, a, damping)
@@ -99,8 +105,12 @@ def fit(layer, kept, moments, damping):
     if kept.ndim == 1:
         kernel = jax.vmap(partial(regress, matrix, kept=kept), 1, 1)(target)
     else:
-        kept = kept.reshape(kernel.shape)
-        units = target.T, kept.T
-        kernel = jax.lax.map(lambda u: regress(matrix, *u), units, batch_size=16).T * kept
+        def one(unit):
+            target, kept = unit
+            chosen = jnp.argsort(~kept)[:size]
+            found = regress(matrix[chosen][:, chosen], target[chosen], kept[chosen])
+            return jnp.zeros_like(target).at[chosen].set(found * kept[chosen])
+
+        kernel = jax.lax.map(one, (target.T, kept.reshape(kernel.shape).T), batch_size=16).T
     new = {"kernel": kernel.reshape(layer["kernel"].shape), "bias": z - a @ kernel}
     return {name: new[name] for name in layer}

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from prunelib import checks, pruning
-from prunelib.chains import damped, fit, is_chain, moments, regress
+from prunelib.chains import damped, fit, is_chain, moments, regress, room
 from prunelib.checks import require
 from prunelib.curvature import hessian_diagonal
 from prunelib.data import Examples
@@ -118,7 +118,8 @@ def layerwise(
     found = pruning.masked(params, kept)
     for name, layer in params.items():
         inputs = moments(logits, found if refit else params, params, examples, name)
-        found = found | {name: fit(layer, kept[name]["kernel"], inputs, damping)}
+        stay = kept[name]["kernel"].reshape(len(inputs[0]), -1)
+        found = found | {name: fit(layer, stay, inputs, damping, room(stay))}
     return Pruned(checks.finite("the fitted weights", found), kept)
 
 
@@ -135,9 +136,8 @@ def scores(network, params: Any, examples: Examples, damping: float = 0.01) -> A
     for name, layer in params.items():
         covariance, _, mean, _ = moments(logits, params, params, examples, name)
         kernel = layer["kernel"].reshape(len(covariance), -1)
-        size = max(32, 2 ** (int((kernel != 0).sum(0).max()) - 1).bit_length())  # few programs
-        unit = curvature[name]["bias"]
-        prices = _prices(damped(covariance, mean, damping), kernel, unit, min(size, len(kernel)))
+        unit, size = curvature[name]["bias"], room(kernel != 0)
+        prices = _prices(damped(covariance, mean, damping), kernel, unit, size)
         found[name] = {"bias": unit * layer["bias"] ** 2 / 2}
         found[name]["kernel"] = prices.reshape(layer["kernel"].shape)
     return found

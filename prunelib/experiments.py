@@ -147,10 +147,7 @@ def _plans() -> dict[str, Plan]:
         found[f"plain-{c}-by_sgd"] = Plan("plain", c, sgd, ROUNDS)
         found[f"sgd-{c}-by_adam"] = Plan("sgd", c, _ROUND, ROUNDS)
         found[f"sgd-{c}-by_sgd"] = Plan("sgd", c, sgd, ROUNDS)
-        found[f"dropout-{c}"] = Plan("fair_dropout", c, replace(_ROUND, keep=0.8), ROUNDS)
         found[f"lenet300-{c}"] = Plan("lenet300", c, replace(_ROUND, batch=128), fine)
-        modest, levels = replace(_ROUND, steps=1000, learning_rate=1e-3), (25, 12, 8, 4, 2, 1)
-        found[f"lenet5-{c}"] = Plan("lenet5", c, modest, levels, scored_on=SUBSET)
     return found
 
 def _many_rounds(

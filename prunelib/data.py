@@ -123,6 +123,12 @@ def blanked(examples: Examples) -> Examples:
     return examples._replace(images=np.where(seldom, 0, examples.images).astype(np.uint8))
 
 
+def coarse(examples: Examples) -> Examples:
+    """MNIST at 7x7 pixels, each the mean of 4x4: for networks whose whole Hessian fits."""
+    images = examples.images.reshape(-1, 7, 4, 7, 4).mean((2, 4)).round().astype(np.uint8)
+    return examples._replace(images=images.reshape(-1, 49))
+
+
 def place(examples: Examples, mesh: Mesh | None = None) -> Examples:
     """Spread examples over a mesh (by default all devices of all processes) in equal shares.
 

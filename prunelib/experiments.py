@@ -59,7 +59,8 @@ RUNS = {
     "sgd": Run(models.mlp, SGD),
     "sgd_decay": Run(models.mlp, replace(SGD, weight_decay=5e-4)),
     "adamw": Run(models.mlp, replace(PLAIN, optimizer="adamw", weight_decay=0.1)),
-    # Larger networks.
+    # Other networks.
+    "little": Run(models.little, Recipe(steps=5_000), 3, prepared=data.coarse),
     "lenet300": Run(models.lenet300, Recipe(steps=10_000, batch=128), 3),
     "lenet5": Run(models.lenet5, Recipe(steps=3_750), 3),
 }

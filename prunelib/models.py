@@ -172,6 +172,11 @@ def lenet300() -> Network:
     return mlp((784, 300, 100, 10))
 
 
+def little() -> Network:
+    """49-10-10, ReLU, for `data.coarse`: 610 variables."""
+    return mlp((49, 10, 10))
+
+
 def as_picture(x: jax.Array) -> jax.Array:
     """Reshape pixels ``[n, 784]`` to pictures ``[n, 28, 28, 1]``."""
     return x.reshape(len(x), 28, 28, 1)

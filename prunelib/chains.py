@@ -87,8 +87,8 @@ def regress(hessian, target, kept):
 
 
 def room(kept) -> int:
-    """What no unit (column) of `kept` has more True than: a power of two, so few programs."""
-    return min(len(kept), max(32, 2 ** (int(kept.sum(0).max()) - 1).bit_length()))
+    """What no unit (column) of `kept` has more True than: 32, 128, 512, ...: few programs."""
+    return min(len(kept), max(32, 2 ** ((int(kept.sum(0).max()) - 1).bit_length() | 1)))
 
 
 @partial(jax.jit, static_argnums=4)

@@ -240,8 +240,8 @@ def test_the_series_keeps_its_promises():
     whole = rows.pop(run_notebooks.SERIES)
     assert float(whole["seconds"]) <= run_notebooks.PROMISED_SECONDS
     assert set(rows) == {path.stem for path in NOTEBOOKS}, "`make run`"
-    slow = [name for name, row in rows.items() if float(row["seconds"]) >= 150]
-    large = [name for name, row in rows.items() if float(row["peak_mb"]) >= 1800]  # Binder: 2 GB
+    slow = [name for name, row in rows.items() if float(row["seconds"]) >= 120]
+    large = [name for name, row in rows.items() if float(row["peak_mb"]) >= 1000]  # Binder: 2 GB for two
     assert not slow + large
 
 

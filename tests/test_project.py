@@ -241,7 +241,7 @@ def test_the_series_keeps_its_promises():
     assert float(whole["seconds"]) <= run_notebooks.PROMISED_SECONDS
     assert set(rows) == {path.stem for path in NOTEBOOKS}, "`make run`"
     slow = [name for name, row in rows.items() if float(row["seconds"]) >= 120]
-    large = [name for name, row in rows.items() if float(row["peak_mb"]) >= 1000]  # Binder: 2 GB for two
+    large = [name for name, row in rows.items() if float(row["peak_mb"]) >= 1000]  # Binder: 2 GB
     assert not slow + large
 
 

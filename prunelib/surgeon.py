@@ -177,6 +177,7 @@ def _prices(hessian, kernel, curvature, size):
 
     return jax.lax.map(one, (kernel.T, curvature), batch_size=max(1, 2**22 // size**2)).T
 
+
 def woodbury(diagonal: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The diagonal of ``(D + GᵀG)⁻¹``, D ``[p]``, G ``[m, p]``, in float64 and never as a matrix:
     ``1/D_k - ‖L⁻¹g_k‖² / D_k²`` with ``LLᵀ = I + G D⁻¹ Gᵀ``.

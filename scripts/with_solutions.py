@@ -7,9 +7,9 @@ after that text, it is executed by the same check that compares the notebook's o
 that these notebooks save go to PROJECT/figures.
 """
 
+import argparse
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import nbformat
@@ -36,6 +36,8 @@ def with_solutions(notebook: nbformat.NotebookNode) -> int:
 
 
 def main(folder: Path) -> None:
+    if folder.resolve().parent == ROOT:
+        raise ValueError(f"folder: {folder} would overwrite this project; name one in another")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.ipynb"):
         old.unlink()
@@ -52,4 +54,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="PROJECT/notebooks, of another project than this")
+    main(parser.parse_args().folder)

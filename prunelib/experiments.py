@@ -185,9 +185,10 @@ PLANS |= _many_rounds("lenet300", "adam", _start, _recipe, [(rate, 0.0) for rate
 _start, _recipe, _few = "lenet5_decay", replace(SGD, steps=2000), (10, 3, 1, 0.5)
 PLANS |= _many_rounds("lenet5", "sgd", _start, _recipe, CHOICES["lenet5"], _few, SUBSET)
 PLANS["lenet5-sgd-random"] = replace(PLANS["lenet5-sgd-obd"], criterion="random")
-for _c in CRITERIA_3:  # with the rate that was best for LeNet-300-100
-    _recipe = Recipe(steps=2000, learning_rate=ADAM_RATES[0])
-    PLANS[f"lenet5-adam-{_c}"] = Plan("lenet5", _c, _recipe, LEVELS["lenet5"], scored_on=SUBSET)
+_longer = replace(PLANS["lenet5-sgd-obd"].retraining, steps=4000)
+PLANS["lenet5-longer-obd"] = replace(PLANS["lenet5-sgd-obd"], retraining=_longer)
+for _c in CRITERIA_3:  # with the rate that was best for LeNet-300-100, the recipe's own
+    PLANS[f"lenet5-adam-{_c}"] = Plan("lenet5", _c, Recipe(2000), LEVELS["lenet5"], scored_on=SUBSET)
 PICTURED = ("lenet300-sgd-obs", "lenet5-sgd-obs")  # their last networks are kept too
 SURGERY = {"plain-surgery": Surgery("plain", replace(_ROUND, steps=3000))}
 SURGERY["sgd-surgery"] = Surgery("sgd")

@@ -40,7 +40,8 @@ def main():
             left = (rank[criterion] >= size * percent // 100).sum(1).reshape(28, 28)
             colour, accuracy = figures.COLOURS[criterion], 100 * curve.accuracy
             ax.imshow(left, shades(colour), vmin=0, vmax=50)
-            ax.set_title(f"{figures.NAMES[criterion]}: accuracy {accuracy[percent]:.1f} %")
+            title = f"{figures.NAMES[criterion]}: accuracy {accuracy[percent]:.1f} %"
+            ax.set_title(title, color=colour)
             ax.axis("off")
             axes[2].plot(curve.remaining, accuracy, color=colour, alpha=0.2)
             so_far = slice(0, percent + 1)

@@ -127,10 +127,10 @@ def notebook_table(paths: list[Path], measured: Path, icons: Path) -> str:
     if whole := rows.get("all"):  # by the clock; and of those that ran at once
         lines += [
             "",
-            f"Times are as [last measured](notebooks/{measured.name}) by `make run`, which runs "
-            "two notebooks at a time, each on half of the cores: here on one of two. "
-            f"{float(whole['seconds']) / 60:.1f} minutes in all, and at most "
-            f"{float(whole['peak_mb']) / 1000:.1f} GB of memory for both.",
+            f"Times are as [last measured](notebooks/{measured.name}) by `make run` on two cores, "
+            "two notebooks at a time, one on each. "
+            f"All took {float(whole['seconds']) / 60:.1f} minutes, and the two at once never more "
+            f"than {float(whole['peak_mb']) / 1000:.1f} GB of memory.",
         ]
     return "\n".join(lines)
 

@@ -51,7 +51,8 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
             {key: cell.metadata[key] for key in ("jupyter", "tags") if cell.metadata.get(key)}
         )
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop(WIDGET, None)  # its id means nothing without a kernel
+            if output.get("data", {}).pop(WIDGET, None):  # its id means nothing without a kernel
+                output.data["text/plain"] = "(With a kernel running: a slider.)"
 
 
 def committed(path: Path) -> nbformat.NotebookNode | None:

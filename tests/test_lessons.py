@@ -194,12 +194,14 @@ def test_a_run_that_agrees_changes_no_file(tmp_path):
     assert execute(path, fresh=True)[0].outputs[0].text == "0.3333333333333333\n"
 
 
-def test_tidy_keeps_alternative_texts_and_drops_widgets():
-    made = notebook(("show()", picture(100)))
-    made.cells[0].outputs[0].data[run_notebooks.WIDGET] = {"model_id": "x"}
+def test_tidy_keeps_alternative_texts_and_says_where_a_widget_was():
+    widget = {run_notebooks.WIDGET: {"model_id": "x"}, "text/plain": "interactive(children=())"}
+    made = notebook(("show()", picture(100)), ("interact(f)", new_output("display_data", widget)))
     made.cells[0].metadata = nbformat.from_dict({"jupyter": {"source_hidden": True}, "editable": 1})
     run_notebooks.tidy(made)
     assert made.cells[0].outputs == [picture(100)]
+    slider = "(With a kernel running: a slider.)"
+    assert made.cells[1].outputs == [new_output("display_data", {"text/plain": slider})]
     assert made.cells[0].metadata == {"jupyter": {"source_hidden": True}}
 
 

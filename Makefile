@@ -64,7 +64,7 @@ lint: $(VENV)/.installed ## Check the code and the notebooks with ruff; list num
 links: $(VENV)/.installed ## Write README.md's links and its table of lessons, each notebook's badges and first cell
 	$(VENV)/bin/python scripts/make_links.py
 
-train: $(VENV)/.installed ## Train and prune again what prunelib/runs holds (about five hours)
+train: $(VENV)/.installed ## Train and prune again what prunelib/runs holds (about seven hours)
 	$(VENV)/bin/python -m prunelib.experiments
 
 bench: $(BENCH_VENV)/.installed ## Time prunelib against other libraries, in an environment of its own

@@ -275,8 +275,10 @@ def test_nbval_compares_numbers_and_not_times(tmp_path):
 def test_notebooks_with_solutions_are_a_project_of_their_own(tmp_path, monkeypatch):
     """So figures.save draws there, not over ours."""
     with_solutions.main(tmp_path / "notebooks")
-    with pytest.raises(ValueError, match="would overwrite this project"):
-        with_solutions.main(ROOT / "notebooks")
+    with monkeypatch.context() as patched:  # were it not refused, our notebooks would be gone
+        patched.setattr(with_solutions, "ROOT", tmp_path / "ours")
+        with pytest.raises(ValueError, match="would overwrite this project"):
+            with_solutions.main(tmp_path / "ours" / "notebooks")
     names = [path.name for path in sorted((tmp_path / "notebooks").iterdir())]
     assert names == [path.name for path in NOTEBOOKS]
     assert (tmp_path / "benchmarks" / "diagonal.csv").exists()

@@ -184,11 +184,11 @@ _start, _recipe = "lenet300", Recipe(steps=4000, batch=128)
 PLANS |= _many_rounds("lenet300", "adam", _start, _recipe, [(rate, 0.0) for rate in ADAM_RATES])
 _start, _recipe, _few = "lenet5_decay", replace(SGD, steps=2000), (10, 3, 1, 0.5)
 PLANS |= _many_rounds("lenet5", "sgd", _start, _recipe, CHOICES["lenet5"], _few, SUBSET)
-PLANS["lenet5-sgd-random"] = replace(PLANS["lenet5-sgd-obd"], criterion="random")
-_longer = replace(PLANS["lenet5-sgd-obd"].retraining, steps=4000)
-PLANS["lenet5-longer-obd"] = replace(PLANS["lenet5-sgd-obd"], retraining=_longer)
+_known, _longer, _adam = PLANS["lenet5-sgd-obd"], replace(_DECAY, steps=4000), Recipe(steps=2000)
+PLANS["lenet5-sgd-random"] = replace(_known, criterion="random")
+PLANS["lenet5-longer-obd"] = replace(_known, retraining=_longer)
 for _c in CRITERIA_3:  # with the rate that was best for LeNet-300-100, the recipe's own
-    PLANS[f"lenet5-adam-{_c}"] = Plan("lenet5", _c, Recipe(2000), LEVELS["lenet5"], scored_on=SUBSET)
+    PLANS[f"lenet5-adam-{_c}"] = replace(_known, criterion=_c, start="lenet5", retraining=_adam)
 PICTURED = ("lenet300-sgd-obs", "lenet5-sgd-obs")  # their last networks are kept too
 SURGERY = {"plain-surgery": Surgery("plain", replace(_ROUND, steps=3000))}
 SURGERY["sgd-surgery"] = Surgery("sgd")

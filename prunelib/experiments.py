@@ -89,17 +89,13 @@ for _name, _known in [("lenet300", RUNS["lenet300"]), *STARTS.items()]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Pruning a run with retraining: one round's recipe, and percent kept, round by round.
-
-    With `one_shot` each level is reached at once, with the budget of ROUNDS up to it.
-    """
+    """Pruning a run with retraining: one round's recipe, and percent kept, round by round."""
 
     start: str
     criterion: str
     retraining: Recipe
     remaining: tuple[float, ...]
     scope: str = "all"
-    one_shot: bool = False
     scored_on: int | None = None
 
 
@@ -133,6 +129,7 @@ class Curves:
 
 
 ROUNDS = (40, 20, 12, 8, 5, 2, 1, 0.5)
+FINER = (40, 30, 25, 20, 17, 15, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3)
 SUBSET = 3000
 CRITERIA_3 = ("obs", "obd", "magnitude")
 _ROUND = Recipe(steps=600, learning_rate=5e-3)
@@ -144,10 +141,11 @@ def _plans() -> dict[str, Plan]:
     for c in ("magnitude", "obd"):
         found[f"plain-{c}"] = Plan("plain", c, _ROUND, ROUNDS)
         found[f"plain-{c}-layer"] = Plan("plain", c, _ROUND, ROUNDS, scope="layer")
-        found[f"plain-{c}-one_shot"] = Plan("plain", c, _ROUND, (20, 8, 2), one_shot=True)
         found[f"plain-{c}-by_sgd"] = Plan("plain", c, sgd, ROUNDS)
         found[f"sgd-{c}-by_adam"] = Plan("sgd", c, _ROUND, ROUNDS)
         found[f"sgd-{c}-by_sgd"] = Plan("sgd", c, sgd, ROUNDS)
+    for c in CRITERIA_3:
+        found[f"plain-{c}-finer"] = Plan("plain", c, _ROUND, FINER)
     return found
 
 def _many_rounds(
@@ -290,30 +288,18 @@ def _rounds(plan: Plan, pictured: bool) -> tuple[pd.DataFrame, dict]:
     network, (train, test) = run.network(), run.load()
     if held := plan.retraining.held_out:
         test = data.Examples(train.images[-held:], train.labels[-held:])
-    networks = {}
-
-    def through(percents):
-        found = prune_and_retrain(
-            network, runs.params, train, test, percents, plan.retraining,
-            plan.criterion, plan.scope, runs.seeds, plan.scored_on,
-        )  # fmt: skip
-        if pictured:
-            rounds = jax.tree.map(lambda k: k.sum(0, dtype="int8"), found.kept)
-            networks.update(params=jax.device_get(found.params), rounds=rounds)
-        left = _counts(found.kept, axes=2)  # rounds, then seeds: the order of the table's rows
-        table = found.table.assign(remaining=found.table.remaining.round(9))
-        return pd.concat([table, left], axis=1)
-
-    def at_once(level):  # after pruning look at the first round, after retraining at the last
-        rounds = through([100 - level] * (ROUNDS.index(level) + 1))
-        last = rounds[rounds["round"] == rounds["round"].max()].reset_index(drop=True)
-        return last.assign(before=rounds.before[: len(last)])
-
-    levels = plan.remaining
-    parts = map(at_once, levels) if plan.one_shot else [through([100 - x for x in levels])]
+    percents, networks = [100 - level for level in plan.remaining], {}
+    found = prune_and_retrain(
+        network, runs.params, train, test, percents, plan.retraining,
+        plan.criterion, plan.scope, runs.seeds, plan.scored_on,
+    )  # fmt: skip
+    if pictured:
+        rounds = jax.tree.map(lambda k: k.sum(0, dtype="int8"), found.kept)
+        networks = {"params": jax.device_get(found.params), "rounds": rounds}
     named = {"recipe": plan.start, "criterion": plan.criterion, "scope": plan.scope}
-    table = pd.concat(parts, ignore_index=True).drop(columns=["round", "percent"])
-    return table.assign(**named), networks
+    table = found.table.assign(remaining=found.table.remaining.round(9), **named)
+    left = _counts(found.kept, axes=2)  # rounds, then seeds: the order of the table's rows
+    return pd.concat([table.drop(columns=["round", "percent"]), left], axis=1), networks
 
 def _counts(kept, axes: int) -> pd.DataFrame:
     """How many entries of each array of a mask are True, one row for each place in leading axes."""

@@ -139,8 +139,8 @@ def save(figure, name: str, table: pd.DataFrame) -> None:
     require(plain, f"name: expected a plain name such as 'result', got {name!r}")
     good = isinstance(table, pd.DataFrame) and not table.empty and table.columns.nlevels == 1
     require(good, "table: expected a DataFrame with rows and plain columns; see reset_index")
-    numbers = table.select_dtypes("number")
-    checks.finite(f"table of {name!r}", numbers.to_numpy(float)[~numbers.isna().to_numpy()])
+    numbers = table.select_dtypes("number").to_numpy(float)
+    checks.finite(f"table of {name!r}", numbers[~np.isnan(numbers)])
     text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     picture, values = (folder() / f"{name}.{kind}" for kind in ("png", "csv"))
     try:

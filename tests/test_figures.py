@@ -38,6 +38,11 @@ def test_a_table_is_read_by_pandas_without_options(folder):
     assert plt.imread(folder / "one.png").ndim == 3
 
 
+def test_a_table_of_words_alone_is_kept(folder):
+    figures.save(drawn(), "steps", TABLE.select_dtypes(exclude="number"))
+    assert not pd.read_csv(folder / "steps.csv").empty
+
+
 def test_what_agrees_is_left_alone(folder):
     """But for rounding: no file of a second run is touched."""
     figures.save(drawn(), "one", TABLE)

@@ -13,7 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
 from prunelib import curvature, data, experiments, figures, models, pruning
 
-LEVELS = [0, 0, 0, *range(0, 60, 3), *range(60, 99, 2), 99, 99, 99, 99]
+# A frame to look at first, where only one is shown.
+LEVELS = [80, 80, 80, 0, 0, 0, *range(0, 60, 3), *range(60, 99, 2), 99, 99, 99, 99]
 
 
 def shades(colour):

@@ -3,6 +3,7 @@
     python scripts/make_icons.py
 """
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -23,12 +24,12 @@ def parabola(ax):
 
 
 def layers(ax):
-    for x, n in ((0.15, 5), (0.5, 4), (0.85, 3)):
-        ax.plot([x] * n, np.linspace(0.15, 0.85, n), "o", color=BLUE, ms=13)
-    for y in np.linspace(0.15, 0.85, 5):
-        ax.plot([0.15, 0.5], [y, 0.5], color=GREY, lw=2, zorder=0)
-    for y in np.linspace(0.15, 0.85, 3):
-        ax.plot([0.5, 0.85], [0.5, y], color=GREY, lw=2, zorder=0)
+    columns = [(x, np.linspace(0.15, 0.85, n)) for x, n in ((0.15, 5), (0.5, 4), (0.85, 3))]
+    for (left, starts), (right, ends) in itertools.pairwise(columns):
+        for y in starts:
+            ax.plot([left, right], [np.full(len(ends), y), ends], color=GREY, lw=1.2, zorder=0)
+    for x, ys in columns:
+        ax.plot(np.full(len(ys), x), ys, "o", color=BLUE, ms=13)
 
 
 def diagonal(ax):

@@ -116,7 +116,7 @@ def film(site: Path, alt: str) -> str:
     frames = site / "frames"
     frames.mkdir(exist_ok=True)
     with Image.open(FILM) as moving:
-        for place in range(moving.n_frames):
+        for place in range(1, moving.n_frames):  # the first is to look at, out of its order
             moving.seek(place)
             moving.convert("RGB").quantize(64).save(frames / f"{place:02}.png", optimize=True)
         width, height = moving.size
